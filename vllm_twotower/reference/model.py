@@ -1,0 +1,189 @@
+"""TwoTower in plain PyTorch: a causal context tower, and a denoiser tower that reads the context tower's states.
+
+The module's state dict has the official key layout. The state is explicit: a list with one entry a layer. The same
+code generates (batch of one) and trains (batches of sequences, several blocks of each at once).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vllm_twotower.checkpoint import TwoTowerConfig, check_tensors, read_tensors, write_tensors
+
+from .layers import (
+    MLP,
+    Attention,
+    AttentionState,
+    LayerState,
+    Mamba2,
+    MambaTrace,
+    MoE,
+    RMSNorm,
+    TimestepEmbedder,
+    causal_mask,
+)
+
+_MIXERS = {
+    "M": Mamba2,
+    "*": Attention,
+    "E": MoE,
+    "-": lambda c: MLP(c.hidden_size, c.intermediate_size, c.mlp_bias),
+}
+
+
+@dataclass
+class Conditioning:
+    """adaLN-single: shift, scale and gate of every layer, each (R, H), R the number of blocks."""
+
+    layers: list[tuple[Tensor, Tensor, Tensor]]
+
+
+class Layer(nn.Module):
+    """One residual layer: norm and mixer."""
+
+    def __init__(self, c: TwoTowerConfig, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.norm = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
+        self.mixer = _MIXERS[kind](c)
+
+    def modulated_norm(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Mamba and attention layers modulate before the norm, MLP and MoE layers after it."""
+        if self.kind in "M*":
+            return self.norm(x * (1 + scale) + shift)
+        return self.norm(x) * (1 + scale) + shift
+
+
+class Tower(nn.Module):
+    """Embeddings, layers and final norm of one Nemotron-H tower."""
+
+    def __init__(self, c: TwoTowerConfig):
+        super().__init__()
+        self.embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c, kind) for kind in c.pattern)
+        self.norm_f = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
+
+    def advance(self, tokens: Tensor, past: list[LayerState] | None) -> tuple[Tensor, list[AttentionState | MambaTrace | None]]:
+        """Runs causally over tokens (B, L) after ``past``: hidden states (B, L, H) and what each layer saw."""
+        x = self.embeddings(tokens)
+        seen: list[AttentionState | MambaTrace | None] = []
+        for i, layer in enumerate(self.layers):
+            state, y = past[i] if past else None, layer.norm(x)
+            trace = None
+            if layer.kind == "*":
+                known = state.keys.shape[1] if state else 0
+                y, trace = layer.mixer(y, state, causal_mask(x.shape[1], known, x.device))
+            elif layer.kind == "M":
+                y, trace = layer.mixer(y, state)
+            else:
+                y = layer.mixer(y)
+            seen.append(trace)
+            x = x + y
+        return self.norm_f(x), seen
+
+    def denoise(
+        self, canvas: Tensor, context: list[LayerState] | None, conditioning: Conditioning | None, mask: Tensor | None
+    ) -> Tensor:
+        """Runs over the canvases (B, N, S), bidirectional within each; hidden states (B, N, S, H).
+
+        ``context`` holds the context tower's keys and values (B, P, ...) and its Mamba states before every block
+        (B * N, ...); ``mask`` (B, N * S, P + N * S) or None says which positions a block may attend to.
+        """
+        batch, blocks, _ = canvas.shape
+        x = self.embeddings(canvas)
+        for i, layer in enumerate(self.layers):
+            state = context[i] if context else None
+            if conditioning is None:
+                y = layer.norm(x)
+            else:
+                shift, scale, gate = (part.view(batch, blocks, 1, -1) for part in conditioning.layers[i])
+                y = layer.modulated_norm(x, shift, scale)
+            if layer.kind == "*":
+                y = layer.mixer(y.flatten(1, 2), state, mask)[0]
+            elif layer.kind == "M":
+                y = layer.mixer(y.flatten(0, 1), state)[0]
+            else:
+                y = layer.mixer(y)
+            y = y.view_as(x)
+            x = x + (y if conditioning is None else gate * y)
+        return self.norm_f(x)
+
+
+class TwoTowerModel(nn.Module):
+    """The whole model with both towers, both heads and the time conditioning; any dtype and device."""
+
+    def __init__(self, config: TwoTowerConfig):
+        super().__init__()
+        self.config = c = config
+        self.context_tower = Tower(c)
+        self.context_lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.denoiser_tower = Tower(c)
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.t_embedder = TimestepEmbedder(c.hidden_size)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(c.hidden_size, 3 * c.hidden_size))
+        self.scale_shift_tables = nn.ParameterList(torch.zeros(3, c.hidden_size) for _ in c.pattern)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> TwoTowerModel:
+        """Loads a checkpoint folder strictly; raises :class:`~vllm_twotower.checkpoint.CheckpointError`."""
+        config = TwoTowerConfig.from_pretrained(folder)
+        tensors = dict(read_tensors(folder))
+        check_tensors(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, str(folder))
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype) -> None:
+        """Writes ``folder/model.safetensors`` in the official key layout."""
+        write_tensors(folder, ((name, tensor.detach().to("cpu", dtype)) for name, tensor in self.state_dict().items()))
+
+    def context_logits(self, tokens: Tensor) -> Tensor:
+        """Next-token logits (B, L, V) of the context tower for tokens (B, L)."""
+        return self.context_lm_head(self.context_tower.advance(tokens, None)[0])
+
+    def advance_context(self, tokens: Tensor, past: list[LayerState] | None) -> tuple[Tensor, list[LayerState]]:
+        """Commits tokens (B, L) after ``past``: context-head logits of the last one (B, V), and the new state."""
+        hidden, seen = self.context_tower.advance(tokens, past)
+        state = [
+            layer.mixer.state_after(trace) if layer.kind == "M" else trace
+            for layer, trace in zip(self.context_tower.layers, seen, strict=True)
+        ]
+        return self.context_lm_head(hidden[:, -1]), state
+
+    def conditioning(self, t: Tensor) -> Conditioning:
+        """Shift, scale and gate of every layer for times t (R,): the table plus one shared projection of t."""
+        shared = self.t_block(self.t_embedder(t)).unflatten(-1, (3, -1))
+        return Conditioning([(table + shared).unbind(1) for table in self.scale_shift_tables])
+
+    def denoiser_logits(self, canvas: Tensor, context: list[LayerState] | None, t: Tensor | None) -> Tensor:
+        """Logits (S, V) of one denoiser pass over a canvas (S,) after ``context``; t (1,), or None for no adaLN."""
+        conditioning = None if t is None else self.conditioning(t)
+        return self.lm_head(self.denoiser_tower.denoise(canvas[None, None], context, conditioning, None))[0, 0]
+
+    def denoise_blocks(self, tokens: Tensor, block_starts: Tensor, canvas: Tensor, t: Tensor) -> Tensor:
+        """Denoiser logits (B, N, S, V) for N blocks of each sequence at once: the training forward.
+
+        Block n of a sequence sees the context tower's states of the positions before ``block_starts[:, n]`` (any
+        position from 0 to L) and itself. The context tower runs without gradient (it is frozen).
+
+        Args: tokens (B, L) clean; block_starts (B, N); canvas (B, N, S) with masks; t (B, N).
+        """
+        batch, blocks, width = canvas.shape
+        with torch.no_grad():
+            _, seen = self.context_tower.advance(tokens, None)
+            context: list[LayerState] = [
+                trace.state_before(block_starts, layer.mixer.history) if layer.kind == "M" else trace
+                for layer, trace in zip(self.context_tower.layers, seen, strict=True)
+            ]
+        before = torch.arange(tokens.shape[1], device=tokens.device) < block_starts[..., None]  # (B, N, L)
+        own = torch.eye(blocks, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+        mask = torch.cat((before, own.repeat_interleave(width, 2)), 2).repeat_interleave(width, 1)
+        hidden = self.denoiser_tower.denoise(canvas, context, self.conditioning(t.flatten()), mask)
+        return self.lm_head(hidden)
