@@ -1,0 +1,1 @@
+"""Patches to vLLM, one module each; imported as ``vllm_twotower.patches``."""

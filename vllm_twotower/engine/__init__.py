@@ -1,0 +1,1 @@
+"""Inside vLLM's step: rows to towers, block sampling, scheduling, metrics."""

@@ -1,0 +1,1 @@
+"""The model as vLLM runs it: towers, time conditioning, weights."""
