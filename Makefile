@@ -32,7 +32,7 @@ $(STAMP): $(LOCK) pyproject.toml packaging/vllm-alias/pyproject.toml
 	@command -v gcc >/dev/null || echo "Note: gcc was not found; vLLM needs it where it compiles (torch.compile)."
 	$(PYTHON) -m venv $(VENV)
 	@grep '^torch==' $(LOCK) > $(VENV)/torch.txt
-	$(call PIP,$(VENV)) install --no-deps $(INDEX_ARGS) -r $(VENV)/torch.txt || { \
+	@$(call PIP,$(VENV)) install --no-deps $(INDEX_ARGS) -r $(VENV)/torch.txt || { \
 		echo; echo "pip could not install the CPU build of PyTorch ($$(cut -d' ' -f1 $(VENV)/torch.txt))."; \
 		echo "If pip found no matching version: PyTorch keeps its CPU wheels on an index of its own."; \
 		echo "Take its address from PyTorch's install page (Pip, CPU: the --index-url) and run"; \
