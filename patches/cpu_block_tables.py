@@ -1,0 +1,109 @@
+"""Block tables and slot mappings in torch (upstream: vllm/v1/worker/gpu/block_table.py).
+
+The two methods are replaced rather than their kernels: the kernels get raw pointers to the groups' tables, the methods
+have the tables themselves.
+
+Shapes: R = rows (requests) of this step, T = its tokens, G = KV-cache groups.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_twotower.patches._torch_kernel import REMOVE_WHEN, UPSTREAM, when_kernel_cannot_launch
+from vllm_twotower.patches.registry import Patch, replace
+
+MODULE = "vllm.v1.worker.gpu.block_table"
+GATHER = f"{MODULE}:BlockTables.gather_block_tables"
+GATHER_KERNEL = f"{MODULE}:_gather_block_tables_kernel"
+SLOTS = f"{MODULE}:BlockTables.compute_slot_mappings"
+SLOTS_KERNEL = f"{MODULE}:_compute_slot_mappings_kernel"
+
+PAD_SLOT_ID = -1
+
+
+def gather_block_tables(
+    self: Any,
+    idx_mapping: Tensor,  # [R]
+    num_reqs_padded: int,
+    out: tuple[Tensor, ...] | None = None,  # G x [max_num_reqs, max_num_blocks] int32
+    out_ptrs: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Copy the rows' used block ids to the persistent input tables and zero the padding rows.
+
+    What lies behind a row's last used block stays as it was. Returns G views [num_reqs_padded, max_num_blocks].
+    """
+    num_reqs = idx_mapping.shape[0]
+    tables = tuple(self.input_block_tables) if out is None else out
+    num_blocks = self.num_blocks.gpu[:, idx_mapping].unsqueeze(2)  # [G, R, 1]
+    for source, table, used in zip(self.block_tables, tables, num_blocks, strict=True):
+        if num_reqs:
+            width = int(used.max())
+            is_used = torch.arange(width) < used
+            table[:num_reqs, :width] = torch.where(is_used, source.gpu[idx_mapping, :width], table[:num_reqs, :width])
+        table[num_reqs:num_reqs_padded] = 0
+    return tuple(table[:num_reqs_padded] for table in tables)
+
+
+def compute_slot_mappings(
+    self: Any,
+    idx_mapping: Tensor,  # [R]; a negative slot marks a dummy row, which owns no blocks
+    query_start_loc: Tensor,  # [>= R + 1]
+    positions: Tensor,  # [>= T] int64
+    num_tokens_padded: int,
+    out: Tensor | None = None,  # [G, max_num_tokens] int64
+) -> Tensor:
+    """Write each token's place in each group's KV cache; PAD_SLOT_ID behind the last token, for dummies and for
+    groups without slots. Returns a view of shape [G, num_tokens_padded].
+    """
+    if self.cp_size != 1:
+        raise NotImplementedError("context parallelism is not supported on a CPU")
+    slot_mappings = self.slot_mappings if out is None else out
+    bounds = query_start_loc[: idx_mapping.shape[0] + 1]
+    first, end = int(bounds[0]), int(bounds[-1])
+    slots = torch.repeat_interleave(idx_mapping, bounds.diff(), output_size=end - first)
+    is_dummy = slots < 0
+    has_dummies = bool(is_dummy.any())
+    positions = positions[first:end]
+
+    if self.num_kv_cache_groups:
+        slot_mappings[:, end:] = PAD_SLOT_ID
+    for group, block_size in enumerate(self.block_sizes):
+        group_slots = slot_mappings[group, first:end]
+        if not self._slot_mapping_enabled[group]:
+            group_slots.fill_(PAD_SLOT_ID)
+            continue
+        block_ids = self.block_tables[group].gpu[slots, positions // block_size]
+        torch.add(positions % block_size, block_ids, alpha=block_size, out=group_slots)
+        if has_dummies:
+            group_slots.masked_fill_(is_dummy, PAD_SLOT_ID)
+    return slot_mappings[:, :num_tokens_padded]
+
+
+PATCHES = (
+    Patch(
+        name="gather-block-tables",
+        target=GATHER,
+        what="BlockTables.gather_block_tables copies the step's block tables in torch.",
+        why="Without Triton attention and Mamba layers get no block tables.",
+        upstream=UPSTREAM,
+        remove_when=REMOVE_WHEN,
+        applies_when=when_kernel_cannot_launch(GATHER_KERNEL),
+        sources=(GATHER, GATHER_KERNEL),
+        source_sha256={"0.32.0": "19358182001c49bfc4f7df9f9d433752932912aa948ccda3dc996b57c7fc9bc9"},
+        install=lambda: replace(GATHER, gather_block_tables),
+    ),
+    Patch(
+        name="compute-slot-mappings",
+        target=SLOTS,
+        what="BlockTables.compute_slot_mappings computes the tokens' places in the KV caches in torch.",
+        why="Without Triton nothing can be written to a KV cache.",
+        upstream=UPSTREAM,
+        remove_when=REMOVE_WHEN,
+        applies_when=when_kernel_cannot_launch(SLOTS_KERNEL),
+        sources=(SLOTS, SLOTS_KERNEL),
+        source_sha256={"0.32.0": "6ee72028d2af75ee373079625ffc33a766482c7e61fa484b4645624e89b2fbeb"},
+        install=lambda: replace(SLOTS, compute_slot_mappings),
+    ),
+)
