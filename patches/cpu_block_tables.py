@@ -1,4 +1,4 @@
-"""Block tables and slot mappings in torch (upstream: vllm/v1/worker/gpu/block_table.py).
+"""Block tables and slot mappings in numpy (upstream: vllm/v1/worker/gpu/block_table.py).
 
 The two methods are replaced rather than their kernels: the kernels get raw pointers to the groups' tables, the methods
 have the tables themselves.
@@ -8,10 +8,10 @@ Shapes: R = rows (requests) of this step, T = its tokens, G = KV-cache groups.
 
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from vllm_twotower.patches._torch_kernel import REMOVE_WHEN, UPSTREAM, when_kernel_cannot_launch
+from vllm_twotower.patches._cpu_kernel import REMOVE_WHEN, UPSTREAM, when_kernel_cannot_launch
 from vllm_twotower.patches.registry import Patch, replace
 
 MODULE = "vllm.v1.worker.gpu.block_table"
@@ -34,15 +34,16 @@ def gather_block_tables(
 
     What lies behind a row's last used block stays as it was. Returns G views [num_reqs_padded, max_num_blocks].
     """
-    num_reqs = idx_mapping.shape[0]
     tables = tuple(self.input_block_tables) if out is None else out
-    num_blocks = self.num_blocks.gpu[:, idx_mapping].unsqueeze(2)  # [G, R, 1]
+    slots = idx_mapping.numpy()
+    num_reqs = slots.shape[0]
+    num_blocks = self.num_blocks.gpu.numpy()[:, slots, None]  # [G, R, 1]
     for source, table, used in zip(self.block_tables, tables, num_blocks, strict=True):
-        if num_reqs:
-            width = int(used.max())
-            is_used = torch.arange(width) < used
-            table[:num_reqs, :width] = torch.where(is_used, source.gpu[idx_mapping, :width], table[:num_reqs, :width])
-        table[num_reqs:num_reqs_padded] = 0
+        target = table.numpy()
+        width = used.max(initial=0)
+        is_used = np.arange(width) < used
+        np.copyto(target[:num_reqs, :width], source.gpu.numpy()[slots, :width], where=is_used)
+        target[num_reqs:num_reqs_padded] = 0
     return tuple(table[:num_reqs_padded] for table in tables)
 
 
@@ -60,24 +61,26 @@ def compute_slot_mappings(
     if self.cp_size != 1:
         raise NotImplementedError("context parallelism is not supported on a CPU")
     slot_mappings = self.slot_mappings if out is None else out
-    bounds = query_start_loc[: idx_mapping.shape[0] + 1]
-    first, end = int(bounds[0]), int(bounds[-1])
-    slots = torch.repeat_interleave(idx_mapping, bounds.diff(), output_size=end - first)
+    mappings = slot_mappings.numpy()
+    bounds = query_start_loc.numpy()[: idx_mapping.shape[0] + 1]
+    first, end = bounds[0], bounds[-1]
+    slots = idx_mapping.numpy().repeat(bounds[1:] - bounds[:-1])
     is_dummy = slots < 0
-    has_dummies = bool(is_dummy.any())
-    positions = positions[first:end]
+    has_dummies = is_dummy.any()
+    token_positions = positions.numpy()[first:end]
 
-    if self.num_kv_cache_groups:
-        slot_mappings[:, end:] = PAD_SLOT_ID
     for group, block_size in enumerate(self.block_sizes):
-        group_slots = slot_mappings[group, first:end]
+        mapping = mappings[group]
+        mapping[end:] = PAD_SLOT_ID
         if not self._slot_mapping_enabled[group]:
-            group_slots.fill_(PAD_SLOT_ID)
+            mapping[first:end] = PAD_SLOT_ID
             continue
-        block_ids = self.block_tables[group].gpu[slots, positions // block_size]
-        torch.add(positions % block_size, block_ids, alpha=block_size, out=group_slots)
+        blocks = token_positions // block_size
+        # From position to slot: exchange the block's number in the sequence for its number in the cache.
+        moved_blocks = self.block_tables[group].gpu.numpy()[slots, blocks] - blocks
+        np.add(token_positions, moved_blocks * block_size, out=mapping[first:end])
         if has_dummies:
-            group_slots.masked_fill_(is_dummy, PAD_SLOT_ID)
+            mapping[first:end][is_dummy] = PAD_SLOT_ID
     return slot_mappings[:, :num_tokens_padded]
 
 
@@ -85,7 +88,7 @@ PATCHES = (
     Patch(
         name="gather-block-tables",
         target=GATHER,
-        what="BlockTables.gather_block_tables copies the step's block tables in torch.",
+        what="BlockTables.gather_block_tables copies the step's block tables in numpy.",
         why="Without Triton attention and Mamba layers get no block tables.",
         upstream=UPSTREAM,
         remove_when=REMOVE_WHEN,
@@ -97,7 +100,7 @@ PATCHES = (
     Patch(
         name="compute-slot-mappings",
         target=SLOTS,
-        what="BlockTables.compute_slot_mappings computes the tokens' places in the KV caches in torch.",
+        what="BlockTables.compute_slot_mappings computes the tokens' places in the KV caches in numpy.",
         why="Without Triton nothing can be written to a KV cache.",
         upstream=UPSTREAM,
         remove_when=REMOVE_WHEN,

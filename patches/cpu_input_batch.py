@@ -1,61 +1,61 @@
-"""The kernels around a step's inputs and results in torch (upstream: vllm/v1/worker/gpu/input_batch.py).
+"""The kernels around a step's inputs and results in numpy (upstream: vllm/v1/worker/gpu/input_batch.py).
 
 Shapes: R = rows (requests) of this step, T = its tokens, L = its logit rows, SLOTS = max_num_reqs. A row's request
-lives in slot ``idx_mapping[row]`` of the per-request tensors. ``query_start_loc`` and ``cu_num_logits`` hold the rows'
-bounds: row r owns ``[bounds[r], bounds[r + 1])``. All index tensors are int32 or int64. Results go into the arguments.
+lives in slot ``idx_mapping[row]`` of the per-request arrays. ``query_start_loc`` and ``cu_num_logits`` hold the rows'
+bounds: row r owns ``[bounds[r], bounds[r + 1])``. Index arrays are int32 or int64. Results go into the arguments.
 """
 
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from vllm_twotower.patches._torch_kernel import REMOVE_WHEN, UPSTREAM, kernel_installer, when_kernel_cannot_launch
+from vllm_twotower.patches._cpu_kernel import (
+    REMOVE_WHEN,
+    UPSTREAM,
+    bounds_of,
+    kernel_installer,
+    rows_and_offsets,
+    when_kernel_cannot_launch,
+)
 from vllm_twotower.patches.registry import Patch
 
 MODULE = "vllm.v1.worker.gpu.input_batch"
 
 
-def rows_and_offsets(bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """For each element of the rows bounded by `bounds` [R + 1]: its row and its offset inside the row, [elements]."""
-    rows = torch.repeat_interleave(bounds.diff())
-    return rows, torch.arange(rows.shape[0]) - (bounds - bounds[0])[rows]
-
-
 def prepare_prefill_inputs(
-    input_ids: Tensor,  # [>= T] int32, out
-    next_prefill_tokens: Tensor,  # [num_lookahead, SLOTS] int32, out
+    input_ids: np.ndarray,  # [>= T] int32, out
+    next_prefill_tokens: np.ndarray,  # [num_lookahead, SLOTS] int32, out
     next_prefill_tokens_stride: int,
     num_lookahead: int,
-    idx_mapping: Tensor,  # [R]
-    query_start_loc: Tensor,  # [>= R + 1]
-    all_token_ids: Tensor,  # [SLOTS, max_model_len] int32
+    idx_mapping: np.ndarray,  # [R]
+    query_start_loc: np.ndarray,  # [>= R + 1]
+    all_token_ids: np.ndarray,  # [SLOTS, max_model_len] int32
     all_token_ids_stride: int,
-    prefill_lens: Tensor,  # [SLOTS]
-    num_computed_tokens: Tensor,  # [SLOTS]
+    prefill_lens: np.ndarray,  # [SLOTS]
+    num_computed_tokens: np.ndarray,  # [SLOTS]
     **_launch_options: Any,
 ) -> None:
     """Copy the prefilling rows' tokens to the input, and the tokens after them (0 past the end) to the lookahead."""
-    rows = (num_computed_tokens[idx_mapping] < prefill_lens[idx_mapping]).nonzero().flatten()
+    rows = np.flatnonzero(num_computed_tokens[idx_mapping] < prefill_lens[idx_mapping])
     slots = idx_mapping[rows]
     starts = query_start_loc[rows]
     query_lens = query_start_loc[rows + 1] - starts
     computed = num_computed_tokens[slots]
 
-    row, offset = rows_and_offsets(torch.nn.functional.pad(query_lens.cumsum(0), (1, 0)))
+    row, offset = rows_and_offsets(bounds_of(query_lens))
     input_ids[starts[row] + offset] = all_token_ids[slots[row], computed[row] + offset]
 
-    positions = computed + query_lens + torch.arange(num_lookahead).unsqueeze(1)  # [num_lookahead, rows]
-    tokens = all_token_ids[slots, positions.clamp(max=all_token_ids.shape[1] - 1)]
-    next_prefill_tokens[:, slots] = torch.where(positions < prefill_lens[slots], tokens, 0)
+    positions = computed + query_lens + np.arange(num_lookahead)[:, None]  # [num_lookahead, rows]
+    tokens = all_token_ids[slots, np.minimum(positions, all_token_ids.shape[1] - 1)]
+    next_prefill_tokens[:, slots] = np.where(positions < prefill_lens[slots], tokens, 0)
 
 
 def prepare_pos_seq_lens(
-    pos: Tensor,  # [>= T] int64, out
-    seq_lens: Tensor,  # [>= max_num_reqs] int32, out
-    idx_mapping: Tensor,  # [R]
-    query_start_loc: Tensor,  # [>= R + 1]
-    num_computed_tokens: Tensor,  # [SLOTS]
+    pos: np.ndarray,  # [>= T] int64, out
+    seq_lens: np.ndarray,  # [>= max_num_reqs] int32, out
+    idx_mapping: np.ndarray,  # [R]
+    query_start_loc: np.ndarray,  # [>= R + 1]
+    num_computed_tokens: np.ndarray,  # [SLOTS]
     max_num_reqs: int,
     **_launch_options: Any,
 ) -> None:
@@ -63,24 +63,23 @@ def prepare_pos_seq_lens(
     num_reqs = idx_mapping.shape[0]
     bounds = query_start_loc[: num_reqs + 1]
     computed = num_computed_tokens[idx_mapping]
-    seq_lens[:num_reqs] = computed + bounds.diff()
+    seq_lens[:num_reqs] = computed + bounds[1:] - bounds[:-1]
     seq_lens[num_reqs:max_num_reqs] = 0
     rows, offsets = rows_and_offsets(bounds)
-    first = int(bounds[0])
-    pos[first : first + rows.shape[0]] = computed[rows] + offsets
+    pos[bounds[0] : bounds[-1]] = computed[rows] + offsets
 
 
 def combine_sampled_and_draft_tokens(
-    input_ids: Tensor,  # [>= T] int32, out
-    idx_mapping: Tensor,  # [R]
-    last_sampled_tokens: Tensor,  # [SLOTS, 1] int64
-    query_start_loc: Tensor,  # [>= R + 1]
-    seq_lens: Tensor,  # [>= R]
-    prefill_len: Tensor,  # [SLOTS]
-    draft_tokens: Tensor,  # [SLOTS, num_speculative_steps] int64
+    input_ids: np.ndarray,  # [>= T] int32, out
+    idx_mapping: np.ndarray,  # [R]
+    last_sampled_tokens: np.ndarray,  # [SLOTS, 1] int64
+    query_start_loc: np.ndarray,  # [>= R + 1]
+    seq_lens: np.ndarray,  # [>= R]
+    prefill_len: np.ndarray,  # [SLOTS]
+    draft_tokens: np.ndarray,  # [SLOTS, num_speculative_steps] int64
     draft_tokens_stride: int,
-    cu_num_logits: Tensor,  # [R + 1]
-    logits_indices: Tensor,  # [L] int64, out
+    cu_num_logits: np.ndarray,  # [R + 1]
+    logits_indices: np.ndarray,  # [L] int64, out
     NUM_NEW_SAMPLED_TOKENS: int = 1,
     **_launch_options: Any,
 ) -> None:
@@ -90,12 +89,11 @@ def combine_sampled_and_draft_tokens(
     inside their prompt keep their input; so does a sampled token's place if it lies inside the prompt.
     """
     num_reqs = idx_mapping.shape[0]
-    cu_num_logits = cu_num_logits[: num_reqs + 1]
-    rows, offsets = rows_and_offsets(cu_num_logits)
-    num_logits = cu_num_logits.diff()
+    bounds = cu_num_logits[: num_reqs + 1]
+    num_logits = bounds[1:] - bounds[:-1]
+    rows, offsets = rows_and_offsets(bounds)
     places = (query_start_loc[1 : num_reqs + 1] - num_logits)[rows] + offsets
-    first = int(cu_num_logits[0])
-    logits_indices[first : first + rows.shape[0]] = places
+    logits_indices[bounds[0] : bounds[-1]] = places
 
     slots = idx_mapping[rows]
     seq_lens = seq_lens[:num_reqs]
@@ -104,78 +102,72 @@ def combine_sampled_and_draft_tokens(
     is_draft = offsets >= NUM_NEW_SAMPLED_TOKENS
 
     write = is_generating & is_draft
-    input_ids[places[write]] = draft_tokens[slots[write], offsets[write] - NUM_NEW_SAMPLED_TOKENS].to(input_ids.dtype)
+    input_ids[places[write]] = draft_tokens[slots[write], offsets[write] - NUM_NEW_SAMPLED_TOKENS]
     if NUM_NEW_SAMPLED_TOKENS:
         write = is_generating & ~is_draft & (seq_lens - num_logits >= prompt_ends)[rows]
-        input_ids[places[write]] = last_sampled_tokens.view(-1)[slots[write]].to(input_ids.dtype)
+        input_ids[places[write]] = last_sampled_tokens[slots[write], 0]
 
 
 def post_update(
-    idx_mapping: Tensor,  # [R]; a negative slot means: skip this row
-    num_computed_tokens: Tensor,  # [SLOTS] int32, changed in place
-    last_sampled_tokens: Tensor,  # [SLOTS, 1] int64, out
-    output_bin_counts: Tensor | None,  # [SLOTS, vocab] int32, changed in place
+    idx_mapping: np.ndarray,  # [R]; a negative slot means: skip this row
+    num_computed_tokens: np.ndarray,  # [SLOTS] int32, changed in place
+    last_sampled_tokens: np.ndarray,  # [SLOTS, 1] int64, out
+    output_bin_counts: np.ndarray | None,  # [SLOTS, vocab] int32, changed in place
     output_bin_counts_stride: int,
-    sampled_tokens: Tensor,  # [R, >= num_sampled] int64
+    sampled_tokens: np.ndarray,  # [R, >= num_sampled] int64
     sampled_tokens_stride: int,
-    num_sampled: Tensor,  # [R] int32
-    num_rejected: Tensor,  # [R] int32
-    query_start_loc: Tensor | None,  # [>= R + 1]; None counts as empty queries
-    all_token_ids: Tensor,  # [SLOTS, max_model_len] int32, changed in place
+    num_sampled: np.ndarray,  # [R] int32
+    num_rejected: np.ndarray,  # [R] int32
+    query_start_loc: np.ndarray | None,  # [>= R + 1]; None counts as empty queries
+    all_token_ids: np.ndarray,  # [SLOTS, max_model_len] int32, changed in place
     all_token_ids_stride: int,
-    total_len: Tensor,  # [SLOTS] int32, changed in place
+    total_len: np.ndarray,  # [SLOTS] int32, changed in place
     **_launch_options: Any,
 ) -> None:
     """Append each row's sampled tokens to its sequence and count its accepted inputs as computed."""
-    num_reqs = idx_mapping.shape[0]
-    computed = -num_rejected if query_start_loc is None else query_start_loc[: num_reqs + 1].diff() - num_rejected
-    slots = idx_mapping
-    if bool((slots < 0).any()):
-        kept = (slots >= 0).nonzero().flatten()
-        slots, computed, num_sampled, sampled_tokens = (
-            tensor[kept] for tensor in (slots, computed, num_sampled, sampled_tokens)
-        )
-    num_computed_tokens.index_add_(0, slots, computed.to(num_computed_tokens.dtype))
+    accepted = -num_rejected
+    if query_start_loc is not None:
+        bounds = query_start_loc[: idx_mapping.shape[0] + 1]
+        accepted += bounds[1:] - bounds[:-1]
+    rows = np.flatnonzero(idx_mapping >= 0)
+    num_computed_tokens[idx_mapping[rows]] += accepted[rows]
 
-    rows = num_sampled.nonzero().flatten()
+    rows = rows[num_sampled[rows] > 0]
     if not rows.shape[0]:
         return
-    slots, counts, sampled_tokens = slots[rows], num_sampled[rows], sampled_tokens[rows]
-    row, offset = rows_and_offsets(torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
-    tokens = sampled_tokens[row, offset]
-    all_token_ids[slots[row], total_len[slots[row]] + offset] = tokens.to(all_token_ids.dtype)
-    last_tokens = sampled_tokens.gather(1, counts.long().unsqueeze(1) - 1).squeeze(1)
-    last_sampled_tokens.view(-1)[slots] = last_tokens.to(last_sampled_tokens.dtype)
+    slots, counts = idx_mapping[rows], num_sampled[rows]
+    row, offset = rows_and_offsets(bounds_of(counts))
+    tokens = sampled_tokens[rows[row], offset]
+    all_token_ids[slots[row], total_len[slots[row]] + offset] = tokens
+    last_sampled_tokens[slots, 0] = sampled_tokens[rows, counts - 1]
     total_len[slots] += counts
     if output_bin_counts is not None:
-        one = output_bin_counts.new_ones(())
-        output_bin_counts.index_put_((slots[row], tokens), one, accumulate=True)
+        np.add.at(output_bin_counts, (slots[row], tokens), 1)
 
 
 def post_update_num_computed_tokens(
-    idx_mapping: Tensor,  # [R]
-    num_computed_tokens: Tensor,  # [SLOTS] int32, changed in place
-    query_start_loc: Tensor,  # [>= R + 1]
+    idx_mapping: np.ndarray,  # [R]
+    num_computed_tokens: np.ndarray,  # [SLOTS] int32, changed in place
+    query_start_loc: np.ndarray,  # [>= R + 1]
     **_launch_options: Any,
 ) -> None:
     """Count every row's inputs as computed."""
-    query_lens = query_start_loc[: idx_mapping.shape[0] + 1].diff()
-    num_computed_tokens.index_add_(0, idx_mapping, query_lens.to(num_computed_tokens.dtype))
+    bounds = query_start_loc[: idx_mapping.shape[0] + 1]
+    num_computed_tokens[idx_mapping] += bounds[1:] - bounds[:-1]
 
 
 def expand_idx_mapping(
-    idx_mapping: Tensor,  # [R]
-    expanded_idx_mapping: Tensor,  # [L] like idx_mapping, out
-    expanded_local_pos: Tensor,  # [L] int32, out
-    cu_num_logits: Tensor,  # [R + 1]
+    idx_mapping: np.ndarray,  # [R]
+    expanded_idx_mapping: np.ndarray,  # [L] like idx_mapping, out
+    expanded_local_pos: np.ndarray,  # [L] int32, out
+    cu_num_logits: np.ndarray,  # [R + 1]
     **_launch_options: Any,
 ) -> None:
     """Write each logit row's slot and its place among its request's logit rows."""
     bounds = cu_num_logits[: idx_mapping.shape[0] + 1]
     rows, offsets = rows_and_offsets(bounds)
-    first = int(bounds[0])
-    expanded_idx_mapping[first : first + rows.shape[0]] = idx_mapping[rows]
-    expanded_local_pos[first : first + rows.shape[0]] = offsets
+    expanded_idx_mapping[bounds[0] : bounds[-1]] = idx_mapping[rows]
+    expanded_local_pos[bounds[0] : bounds[-1]] = offsets
 
 
 def kernel_patch(name: str, function: Any, launcher: str, why: str, sha256: dict[str, str]) -> Patch:
@@ -184,7 +176,7 @@ def kernel_patch(name: str, function: Any, launcher: str, why: str, sha256: dict
     return Patch(
         name=name,
         target=kernel,
-        what=f"Runs the kernel of {launcher} in torch.",
+        what=f"Runs the kernel of {launcher} in numpy.",
         why=f"Without Triton {why}.",
         upstream=UPSTREAM,
         remove_when=REMOVE_WHEN,

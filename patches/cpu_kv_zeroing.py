@@ -1,43 +1,41 @@
-"""Zeroing of newly allocated KV-cache blocks in torch (upstream: vllm/v1/worker/utils.py)."""
+"""Zeroing of newly allocated KV-cache blocks in numpy (upstream: vllm/v1/worker/utils.py)."""
 
 import ctypes
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from vllm_twotower.patches._torch_kernel import REMOVE_WHEN, UPSTREAM, kernel_installer, when_kernel_cannot_launch
+from vllm_twotower.patches._cpu_kernel import REMOVE_WHEN, UPSTREAM, kernel_installer, when_kernel_cannot_launch
 from vllm_twotower.patches.registry import Patch
 
 ZERO_KV_BLOCKS = "vllm.v1.worker.utils:_zero_kv_blocks_kernel"
 
 
 def zero_kv_blocks(
-    seg_addrs: Tensor,  # [segments] uint64: address of block 0
-    seg_block_strides: Tensor,  # [segments] int64: int32 elements from block to block
-    seg_page_sizes: Tensor,  # [segments] int64: int32 elements to clear per block
-    block_ids: Tensor,  # [blocks] int64
+    seg_addrs: np.ndarray,  # [segments] uint64: address of block 0
+    seg_block_strides: np.ndarray,  # [segments] int64: int32 elements from block to block
+    seg_page_sizes: np.ndarray,  # [segments] int64: int32 elements to clear per block
+    block_ids: np.ndarray,  # [blocks] int64, not empty
     **_launch_options: Any,
 ) -> None:
     """Clear the given blocks of every memory segment. A segment is one layer's part of the cache, known by address."""
-    last_block = int(block_ids.max())
+    num_pages = int(block_ids.max()) + 1
     segments = zip(seg_addrs.tolist(), seg_block_strides.tolist(), seg_page_sizes.tolist(), strict=True)
     for address, block_stride, page_size in segments:
-        memory = int32_memory(address, last_block * block_stride + page_size)
-        pages = memory.as_strided((last_block + 1, page_size), (block_stride, 1))
-        pages.index_fill_(0, block_ids, 0)
+        pages_at(address, num_pages, block_stride, page_size)[block_ids] = 0
 
 
-def int32_memory(address: int, size: int) -> Tensor:
-    """A view of `size` int32 elements of this process's memory; valid as long as their owner lives."""
-    return torch.frombuffer((ctypes.c_int32 * size).from_address(address), dtype=torch.int32)
+def pages_at(address: int, num_pages: int, stride: int, page_size: int) -> np.ndarray:
+    """A view [num_pages, page_size] of this process's memory as int32; valid as long as the memory's owner lives."""
+    memory = (ctypes.c_int32 * ((num_pages - 1) * stride + page_size)).from_address(address)
+    return np.ndarray((num_pages, page_size), np.int32, buffer=memory, strides=(4 * stride, 4))
 
 
 PATCHES = (
     Patch(
         name="zero-kv-blocks",
         target=ZERO_KV_BLOCKS,
-        what="Runs the kernel of KVBlockZeroer.zero_block_ids in torch.",
+        what="Runs the kernel of KVBlockZeroer.zero_block_ids in numpy.",
         why="Hybrid models have new blocks zeroed; without Triton the first allocation fails.",
         upstream=UPSTREAM,
         remove_when=REMOVE_WHEN,

@@ -1,4 +1,4 @@
-"""Staged writes in torch (upstream: vllm/v1/worker/gpu/buffer_utils.py).
+"""Staged writes in numpy (upstream: vllm/v1/worker/gpu/buffer_utils.py).
 
 The worker collects writes to its per-request tables on the host and applies them once per step.
 """
@@ -6,10 +6,16 @@ The worker collects writes to its per-request tables on the host and applies the
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from vllm_twotower.patches._torch_kernel import REMOVE_WHEN, UPSTREAM, kernel_installer, when_kernel_cannot_launch
+from vllm_twotower.patches._cpu_kernel import (
+    REMOVE_WHEN,
+    UPSTREAM,
+    kernel_installer,
+    rows_and_offsets,
+    when_kernel_cannot_launch,
+)
 from vllm_twotower.patches.registry import Patch, replace
 
 MODULE = "vllm.v1.worker.gpu.buffer_utils"
@@ -18,23 +24,23 @@ FUSED_APPLY = f"{MODULE}:FusedStagedWriter.apply"
 
 
 def apply_write(
-    output: Tensor,  # [rows] or [rows, columns], int32 / int64 / float32, changed in place
+    output: np.ndarray,  # [rows] or [rows, columns], int32 / int64 / float32, changed in place
     output_stride: int,
-    write_indices: Tensor,  # [writes] int32: row
-    write_starts: Tensor,  # [writes] int32: first column
-    write_contents: Tensor,  # [elements] like output: the contents of all writes, one after the other
-    write_cu_lens: Tensor,  # [writes] int32: end of each write's contents
-    write_group_ids: Tensor | None,
+    write_indices: np.ndarray,  # [writes] int32: row
+    write_starts: np.ndarray,  # [writes] int32: first column
+    write_contents: np.ndarray,  # [elements] like output: the contents of all writes, one after the other
+    write_cu_lens: np.ndarray,  # [writes] int32: end of each write's contents
+    write_group_ids: None,
     MULTI_GROUP: bool = False,
     **_launch_options: Any,
 ) -> None:
     """Copy each write's contents into its row from its start column on."""
     if MULTI_GROUP:
-        raise NotImplementedError("writes to several tables arrive here one table at a time: see apply_by_group")
-    lens = write_cu_lens.diff(prepend=write_cu_lens.new_zeros(1))
-    first = write_indices.long() * output_stride + write_starts - (write_cu_lens - lens)
-    write = torch.repeat_interleave(lens)
-    output.view(-1)[first[write] + torch.arange(write.shape[0])] = write_contents[: write.shape[0]]
+        raise NotImplementedError("writes to several tables come one table at a time: see apply_by_group")
+    bounds = np.concatenate(((0,), write_cu_lens))
+    write, offset = rows_and_offsets(bounds)
+    first = write_indices.astype(np.int64) * output_stride + write_starts
+    output.reshape(-1)[first[write] + offset] = write_contents[: bounds[-1]]
 
 
 def apply_by_group(self: Any, tensors: Sequence[Any], output_ptrs: Tensor, output_strides: Tensor) -> None:
@@ -47,7 +53,7 @@ PATCHES = (
     Patch(
         name="apply-write",
         target=APPLY_WRITE,
-        what="Runs the kernel of StagedWriteTensor.apply_write in torch.",
+        what="Runs the kernel of StagedWriteTensor.apply_write in numpy.",
         why="Without Triton no new request and no new block ever reaches the worker's tables.",
         upstream=UPSTREAM,
         remove_when=REMOVE_WHEN,
@@ -60,7 +66,7 @@ PATCHES = (
         name="fused-apply-write",
         target=FUSED_APPLY,
         what="FusedStagedWriter.apply lets each KV-cache group's table apply its own staged writes.",
-        why="Upstream hands all groups to one Triton kernel as raw pointers, which torch cannot write through.",
+        why="Upstream hands all groups to one Triton kernel as raw pointers, which numpy cannot write through.",
         upstream=UPSTREAM,
         remove_when=REMOVE_WHEN,
         applies_when=when_kernel_cannot_launch(APPLY_WRITE),

@@ -1,7 +1,7 @@
 """Lets the TwoTower model have Model Runner V2 on a CPU without Triton (upstream: vllm/config/vllm.py).
 
 vLLM's diffusion models run on Model Runner V2 only, and vLLM's configuration offers that runner only if Triton works.
-With this package's torch kernels it works without. Other models keep vLLM's own choice, since only the TwoTower model
+With this package's CPU kernels it works without. Other models keep vLLM's own choice, since only the TwoTower model
 installs those kernels.
 """
 

@@ -1,4 +1,4 @@
-"""Each torch kernel against a slow per-row loop over Python numbers, written from what vLLM's Triton kernel does."""
+"""Each CPU kernel against a slow per-row loop over Python numbers, written from what vLLM's Triton kernel does."""
 
 import random
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 import vllm_twotower.patches as patches
 from vllm_twotower.patches import cpu_block_tables, cpu_input_batch, cpu_kv_zeroing, cpu_staged_writes, registry
+from vllm_twotower.patches._cpu_kernel import CpuKernel
 
 SLOTS = 9
 MAX_LEN = 64
@@ -28,6 +29,11 @@ def tensor(values, dtype=torch.int32):
 
 def stale(*shape, dtype=torch.int32):
     return torch.full(shape, STALE, dtype=dtype)
+
+
+def launch(function, *args, **options):
+    """Call a kernel the way vLLM does, with tensors and a grid."""
+    CpuKernel(function)[(1,)](*args, **options)
 
 
 class Step:
@@ -78,7 +84,8 @@ def test_prepare_prefill_inputs(seed):
             position = computed[slot] + step.query_lens[row] + ahead
             expected_lookahead[ahead][slot] = all_tokens[slot][position] if position < prefill[slot] else 0
 
-    cpu_input_batch.prepare_prefill_inputs(
+    launch(
+        cpu_input_batch.prepare_prefill_inputs,
         input_ids,
         lookahead,
         lookahead.stride(0),
@@ -100,7 +107,8 @@ def test_prefill_lookahead_at_the_end_of_the_table_is_zero():
     """The prompt fills the whole row: the token after it must not be read from anywhere."""
     all_tokens = tensor(token_table(random.Random(0), SLOTS, MAX_LEN))
     input_ids, lookahead = stale(MAX_LEN), stale(1, SLOTS)
-    cpu_input_batch.prepare_prefill_inputs(
+    launch(
+        cpu_input_batch.prepare_prefill_inputs,
         input_ids,
         lookahead,
         SLOTS,
@@ -128,8 +136,15 @@ def test_prepare_pos_seq_lens(seed):
         for i in range(step.query_lens[row]):
             expected_positions[step.bounds[row] + i] = computed[slot] + i
 
-    cpu_input_batch.prepare_pos_seq_lens(
-        positions, seq_lens, step.idx_mapping, step.query_start_loc, tensor(computed), SLOTS, BLOCK_SIZE=1024
+    launch(
+        cpu_input_batch.prepare_pos_seq_lens,
+        positions,
+        seq_lens,
+        step.idx_mapping,
+        step.query_start_loc,
+        tensor(computed),
+        SLOTS,
+        BLOCK_SIZE=1024,
     )
     assert positions.tolist() == expected_positions
     assert seq_lens.tolist() == expected_lens
@@ -163,7 +178,8 @@ def test_combine_sampled_and_draft_tokens(seed, num_new):
         for i in range(count - num_new):
             expected_ids[end - (count - num_new) + i] = drafts[slot][i]
 
-    cpu_input_batch.combine_sampled_and_draft_tokens(
+    launch(
+        cpu_input_batch.combine_sampled_and_draft_tokens,
         input_ids,
         step.idx_mapping,
         tensor(last_sampled, torch.int64),
@@ -183,7 +199,8 @@ def test_combine_sampled_and_draft_tokens(seed, num_new):
 
 def test_combine_without_speculative_steps():
     input_ids, logits_indices = stale(3), stale(2, dtype=torch.int64)
-    cpu_input_batch.combine_sampled_and_draft_tokens(
+    launch(
+        cpu_input_batch.combine_sampled_and_draft_tokens,
         input_ids,
         tensor([1, 0], torch.int64),
         tensor([[5], [6]], torch.int64),
@@ -230,7 +247,8 @@ def test_post_update(seed, with_query, with_counts, some_skipped):
                 expected["counts"][slot][token] += 1
         expected["computed"][slot] += (step.query_lens[row] if with_query else 0) - num_rejected[row]
 
-    cpu_input_batch.post_update(
+    launch(
+        cpu_input_batch.post_update,
         tensor(idx_mapping, torch.int64),
         state["computed"],
         state["last_sampled"],
@@ -256,7 +274,7 @@ def test_post_update_num_computed_tokens(seed):
     expected = computed.tolist()
     for row, slot in enumerate(step.slots):
         expected[slot] += step.query_lens[row]
-    cpu_input_batch.post_update_num_computed_tokens(step.idx_mapping, computed, step.query_start_loc)
+    launch(cpu_input_batch.post_update_num_computed_tokens, step.idx_mapping, computed, step.query_start_loc)
     assert computed.tolist() == expected
 
 
@@ -265,8 +283,13 @@ def test_expand_idx_mapping(seed):
     step = Step(seed)
     num_logits = [step.rng.randint(0, SPEC) for _ in step.slots]
     expanded, local = stale(sum(num_logits), dtype=torch.int64), stale(sum(num_logits))
-    cpu_input_batch.expand_idx_mapping(
-        step.idx_mapping, expanded, local, tensor(bounds_of(num_logits)), BLOCK_SIZE=SPEC
+    launch(
+        cpu_input_batch.expand_idx_mapping,
+        step.idx_mapping,
+        expanded,
+        local,
+        tensor(bounds_of(num_logits)),
+        BLOCK_SIZE=SPEC,
     )
     assert expanded.tolist() == [slot for slot, count in zip(step.slots, num_logits, strict=True) for _ in range(count)]
     assert local.tolist() == [i for count in num_logits for i in range(count)]
@@ -294,7 +317,8 @@ def test_apply_write(seed, dtype, columns):
         contents.extend(values)
         cu_lens.append(len(contents))
 
-    cpu_staged_writes.apply_write(
+    launch(
+        cpu_staged_writes.apply_write,
         output,
         output.stride(0),
         tensor(rows),
@@ -309,10 +333,17 @@ def test_apply_write(seed, dtype, columns):
 
 
 def test_apply_write_keeps_64_bit_addresses():
-    """row * stride must not wrap at 32 bits; the expanded tensor has the strides of a huge table and no memory."""
+    """row * stride must not wrap at 32 bits."""
     with pytest.raises(IndexError, match=str(2**17 * 2**17)):
-        cpu_staged_writes.apply_write(
-            torch.zeros(1, dtype=torch.int32), 2**17, tensor([2**17]), tensor([0]), tensor([1]), tensor([1]), None
+        launch(
+            cpu_staged_writes.apply_write,
+            torch.zeros(1, dtype=torch.int32),
+            2**17,
+            tensor([2**17]),
+            tensor([0]),
+            tensor([1]),
+            tensor([1]),
+            None,
         )
 
 
@@ -424,7 +455,8 @@ def test_zero_kv_blocks(seed):
         memory.append(buffer)
         expected.append(values)
 
-    cpu_kv_zeroing.zero_kv_blocks(
+    launch(
+        cpu_kv_zeroing.zero_kv_blocks,
         torch.tensor(addresses, dtype=torch.uint64),
         tensor(strides, torch.int64),
         tensor(pages, torch.int64),

@@ -18,7 +18,7 @@ from packaging.version import Version
 from vllm.version import __version__ as VLLM_VERSION
 
 import vllm_twotower.patches as patches
-from vllm_twotower.patches import _torch_kernel, model_runner_choice, registry
+from vllm_twotower.patches import _cpu_kernel, model_runner_choice, registry
 from vllm_twotower.patches.registry import TWO_TOWER_ARCHITECTURE, Patch, all_patches, locate
 
 VLLM_RELEASE = Version(VLLM_VERSION).base_version
@@ -198,7 +198,7 @@ def test_two_tower_requests_are_checked_by_our_rules(monkeypatch):
 
 @without_triton
 @pytest.mark.usefixtures("uninstalled")
-def test_torch_kernels_take_the_parameters_of_the_triton_kernels():
+def test_cpu_kernels_take_the_parameters_of_the_triton_kernels():
     """Same parameters in the same order, except for constants that only size the launch."""
     patches.install_worker_patches()
     kernels = [patch.target for patch in PATCHES if patch.target.endswith("_kernel")]
@@ -206,7 +206,7 @@ def test_torch_kernels_take_the_parameters_of_the_triton_kernels():
     for target in kernels:
         holder, name = locate(target)
         kernel = getattr(holder, name)
-        assert isinstance(kernel, _torch_kernel.TorchKernel)
+        assert isinstance(kernel, _cpu_kernel.CpuKernel)
         ours = [name for name in inspect.signature(kernel.function).parameters if name != "_launch_options"]
         upstream = [argument.arg.removesuffix("_ptr") for argument in definition(target).args.args]
         assert ours == [name for name in upstream if name.islower() or name in ours], target
