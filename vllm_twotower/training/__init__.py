@@ -1,1 +1,1 @@
-"""Training: data, loss, trainer."""
+"""Training of small TwoTower models on generated problems."""

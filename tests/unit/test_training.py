@@ -1,0 +1,328 @@
+"""Training: the data and their split, the loss, the loop and its checkpoints, and the exported folder."""
+
+import argparse
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from vllm_twotower.reference import TwoTowerModel
+from vllm_twotower.training import cli
+from vllm_twotower.training.config import TrainConfig, TrainConfigError, load_config, parse_section
+from vllm_twotower.training.data import (
+    ANSWER_START,
+    Document,
+    draw_sequences,
+    make_ar_batch,
+    make_denoiser_batch,
+    pack,
+    step_rng,
+)
+from vllm_twotower.training.evaluate import evaluation_problems
+from vllm_twotower.training.library_text import draw_piece
+from vllm_twotower.training.objective import ar_loss, weighted_cross_entropy
+from vllm_twotower.training.problems import (
+    FAMILIES,
+    draw_held_out_problems,
+    draw_problem,
+    draw_training_problem,
+    is_right,
+    stated_result,
+)
+from vllm_twotower.training.stages import ar_stage, denoiser_stage, new_model, prepare_tokenizer
+from vllm_twotower.training.tokenizer import BOS_ID, EOS_ID, MASK_ID
+from vllm_twotower.training.trainer import learning_rate, run_stage
+
+SHIPPED_CONFIG = Path(__file__).parents[2] / "configs" / "train-tiny.yaml"
+EVEN_MIX = dict.fromkeys(FAMILIES, 1.0)
+
+
+def tiny_content(folder: Path) -> dict:
+    """The shipped configuration with dimensions and counts that train within seconds."""
+    content = yaml.safe_load(SHIPPED_CONFIG.read_text())
+    content |= {"run_dir": str(folder / "run"), "export_dir": str(folder / "model"), "compile": False}
+    content |= {"threads": 1, "bf16_autocast": False, "log_every": 1}
+    content["model"] |= {
+        "hybrid_override_pattern": "M*-",
+        "num_hidden_layers": 3,
+        "hidden_size": 32,
+        "vocab_size": 300,
+        "intermediate_size": 32,
+        "mamba_num_heads": 2,
+        "mamba_head_dim": 16,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "ssm_state_size": 8,
+    }
+    content["tokenizer"] = {"vocab_size": 300, "documents": 100}
+    content["data"] |= {"sequence_length": 160, "library_characters": 80}
+    for stage in ("ar", "denoiser"):
+        content[stage] |= {"steps": 4, "batch_size": 2, "warmup_steps": 1}
+    content["evaluation"] = {"problems": 2, "gammas": [0.8], "max_new_tokens": 8}
+    return content
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """The models here are so small that threads only cost time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    return parse_section(TrainConfig, tiny_content(tmp_path), "")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return prepare_tokenizer(parse_section(TrainConfig, tiny_content(folder), ""), folder)
+
+
+class TestProblems:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_its_own_answer_is_right_and_another_is_wrong(self, family):
+        rng = random.Random(family)
+        for _ in range(50):
+            problem = draw_problem(rng, family)
+            assert is_right(problem.answer, problem)
+            assert is_right(problem.answer + "</s>", problem)
+            assert not is_right(problem.answer.replace(problem.result, "nonsense"), problem)
+
+    @pytest.mark.parametrize(
+        ("text", "result"),
+        [
+            (" 1 + 2 = 3. The answer is 3.", "3"),
+            (" The answer is 3, 7, 9. The answer is 4.", "3, 7, 9"),
+            (" The answer is 3", None),
+            (" The answer is 3.5.", "3.5"),
+            (" 1 + 2 = 3.", None),
+            ("", None),
+        ],
+    )
+    def test_the_checker_reads_the_first_stated_result(self, text, result):
+        assert stated_result(text) == result
+
+    def test_arithmetic_is_right(self):
+        rng = random.Random(0)
+        for family in ("addition", "subtraction", "multiplication", "add_then_subtract", "multiply_then_add"):
+            for _ in range(50):
+                problem = draw_problem(rng, family)
+                for equation in problem.answer.split(".")[:-2]:
+                    if "=" in equation:
+                        left, right = equation.split("=")
+                        assert eval(left) == int(right)
+
+    def test_training_never_meets_a_held_out_problem(self):
+        rng = random.Random(0)
+        held_out = draw_held_out_problems(rng, EVEN_MIX, 300)
+        trained = [draw_training_problem(rng, EVEN_MIX) for _ in range(3000)]
+        assert len({problem.question for problem in held_out}) == 300
+        keys = {(problem.family, problem.template, problem.key) for problem in held_out}
+        assert not keys & {(problem.family, problem.template, problem.key) for problem in trained}
+
+    def test_the_split_is_the_same_everywhere(self):
+        held_out = [draw_problem(random.Random(i), "addition").held_out for i in range(200)]
+        assert [i for i, held in enumerate(held_out) if held] == [38, 53, 84, 93, 106, 149, 159, 168, 190]
+
+    def test_small_families_yield_what_they_have(self):
+        assert len(draw_held_out_problems(random.Random(0), {"capitals": 1.0}, 100)) < 100
+
+
+def test_library_pieces_are_short_whole_lines():
+    rng = random.Random(0)
+    pieces = [draw_piece(rng, 100) for _ in range(50)]
+    assert all(0 < len(piece) <= 100 and piece.strip() for piece in pieces)
+    assert pieces[:5] == [draw_piece(same, 100) for same in [random.Random(0)] for _ in range(5)]
+
+
+class TestTokenizer:
+    def test_every_text_round_trips(self, tokenizer):
+        for text in ("Question: 12 + 7?\nAnswer:", "  tabs\t, naïve 中 🙂\n\n", "x=[1,  22]"):
+            assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
+
+    def test_special_ids_and_single_digits(self, tokenizer):
+        assert [tokenizer.token_to_id(token) for token in ("<unk>", "<s>", "</s>", "<mask>")] == [0, 1, 2, 3]
+        assert tokenizer.get_vocab_size() == 300
+        tokens = tokenizer.encode("has 1234", add_special_tokens=False).tokens
+        assert tokens[-4:] == ["1", "2", "3", "4"]
+        assert tokenizer.encode("7").ids[0] == BOS_ID
+
+    def test_a_chat_looks_like_training_documents(self, config):
+        from transformers import AutoTokenizer
+
+        run_dir = Path(config.run_dir)
+        own = prepare_tokenizer(config, run_dir)
+        loaded = AutoTokenizer.from_pretrained(run_dir / "tokenizer")
+        problem = draw_training_problem(random.Random(0), EVEN_MIX)
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": problem.question},
+            {"role": "assistant", "content": problem.answer.strip()},
+        ]
+        ids = loaded.apply_chat_template(messages)["input_ids"]
+        parts = [own.encode(part, add_special_tokens=False).ids for part in (problem.prompt, problem.answer)]
+        assert ids == [BOS_ID, *parts[0], *parts[1], EOS_ID]
+        ids = loaded.apply_chat_template(messages[:2], add_generation_prompt=True)["input_ids"]
+        assert ids == [BOS_ID, *parts[0]]
+
+
+class TestData:
+    def test_a_step_has_the_same_batch_again_and_others_differ(self, config, tokenizer):
+        def batch(step):
+            return make_denoiser_batch(step_rng(1, "denoiser", step), config.denoiser, config.data, tokenizer)
+
+        first, again, other = batch(0), batch(0), batch(1)
+        assert all(torch.equal(value, vars(again)[name]) for name, value in vars(first).items())
+        assert not torch.equal(first.tokens, other.tokens)
+
+    def test_next_tokens_are_the_targets(self, config, tokenizer):
+        batch = make_ar_batch(step_rng(1, "ar", 0), 3, config.data, tokenizer)
+        assert batch.tokens.shape == (3, config.data.sequence_length)
+        assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+        assert (batch.tokens[:, 0] == BOS_ID).all()
+
+    def test_packing_keeps_weights_and_ends(self):
+        documents = [Document([BOS_ID, 10, 11, EOS_ID], 2, 1.0), Document([BOS_ID, 12, 13, EOS_ID], 1, 0.3)]
+        sequence = pack(documents, 7, prompt_weight=0.1)
+        assert sequence.tokens.tolist() == [BOS_ID, 10, 11, EOS_ID, BOS_ID, 12, 13]
+        assert sequence.weights.tolist() == pytest.approx([0.1, 0.1, 1, 1, 0.1, 0.3, 0.3])
+        assert sequence.ends.tolist() == [3, 3, 3, 3, 7, 7, 7]
+        assert sequence.answers == [(2, 3), (5, 7)]
+        with pytest.raises(ValueError, match="do not fill"):
+            pack(documents, 9, prompt_weight=0.1)
+
+    def test_blocks_hold_the_document_and_then_eos(self, config, tokenizer):
+        batch = make_denoiser_batch(step_rng(1, "denoiser", 0), config.denoiser, config.data, tokenizer)
+        sequences = draw_sequences(step_rng(1, "denoiser", 0), config.denoiser.batch_size, config.data, tokenizer)
+        for row, sequence in enumerate(sequences):
+            for start, target in zip(batch.block_starts[row].tolist(), batch.targets[row].tolist(), strict=True):
+                end = min(sequence.ends[start] + 1, start + len(target))
+                known = sequence.tokens[start:end].tolist()
+                assert target == known + [EOS_ID] * (len(target) - len(known))
+            answers = {start for start, _ in sequence.answers}
+            starts = batch.block_starts[row][batch.kinds[row] == ANSWER_START].tolist()
+            assert starts
+            assert set(starts) <= answers
+
+    def test_masks_cover_at_least_one_token_and_all_at_t_1(self, config, tokenizer):
+        batch = make_denoiser_batch(step_rng(1, "denoiser", 0), config.denoiser, config.data, tokenizer)
+        assert batch.masked.any(-1).all()
+        assert (batch.t == 1).any()
+        assert batch.masked[batch.t == 1].all()
+        assert not batch.masked.all()
+        assert ((batch.canvas == MASK_ID) == batch.masked).all()
+
+
+class TestConfig:
+    def test_the_shipped_file_is_valid(self):
+        config = load_config(SHIPPED_CONFIG)
+        assert config.data.block_size == 16
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"seeed": 1}, "unknown key seeed; known keys are seed"),
+            ({"ar": {"steps": 1}}, "missing key ar.batch_size"),
+            ({"seed": "one"}, "seed is 'one': expected int"),
+            ({"compile": 1}, "compile is 1: expected bool"),
+            ({"tokenizer": 3}, "tokenizer must be a mapping"),
+            ({"tokenizer": {"vocab_size": 400, "documents": 1}}, "differ"),
+        ],
+    )
+    def test_mistakes_are_named(self, tmp_path, change, message):
+        with pytest.raises(TrainConfigError, match=message):
+            parse_section(TrainConfig, tiny_content(tmp_path) | change, "")
+
+    def test_unknown_families_are_named(self, tmp_path):
+        content = tiny_content(tmp_path)
+        content["data"]["mix"] = {"algebra": 1}
+        with pytest.raises(TrainConfigError, match="algebra"):
+            parse_section(TrainConfig, content, "")
+
+
+class TestLoss:
+    def test_weights_are_relative(self):
+        logits, targets = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+        weights = torch.rand(2, 3)
+        expected = -(logits.log_softmax(-1).gather(2, targets[..., None])[..., 0] * weights).sum() / weights.sum()
+        torch.testing.assert_close(weighted_cross_entropy(logits, targets, weights), expected)
+        torch.testing.assert_close(weighted_cross_entropy(logits, targets, 7 * weights), expected)
+
+    def test_the_denoiser_starts_as_the_context_tower(self, config):
+        model = new_model(config).eval()
+        tokens = torch.randint(4, 300, (2, 50))
+        starts = torch.tensor([[1, 20, 33], [49, 16, 2]])
+        canvas = tokens.gather(1, starts).unsqueeze(-1)  # blocks of one token: nothing bidirectional about them
+        logits = model.denoise_blocks(tokens, starts, canvas, torch.rand(2, 3))
+        rows = torch.arange(2)[:, None]
+        torch.testing.assert_close(logits[:, :, 0], model.context_logits(tokens)[rows, starts], atol=1e-4, rtol=1e-4)
+
+
+class TestTrainer:
+    def test_the_rate_warms_up_stays_and_decays(self, config):
+        stage = replace(config.ar, steps=100, warmup_steps=10, decay_fraction=0.2, learning_rate=1.0)
+        assert learning_rate(stage, 0) == pytest.approx(0.1)
+        assert learning_rate(stage, 50) == 1.0
+        assert learning_rate(stage, 90) == pytest.approx(0.5)
+        assert 0 < learning_rate(stage, 99) <= 0.05
+
+    def test_the_loss_goes_down(self, config, tokenizer, tmp_path):
+        config = replace(config, ar=replace(config.ar, steps=20, learning_rate=1e-2))
+        model = new_model(config)
+        stage = ar_stage(model, config, tokenizer)
+        batch = stage.make_batch(1000)
+        before = ar_loss(model, batch).item()
+        run_stage(model, stage, config, tmp_path)
+        assert ar_loss(model, batch).item() < before - 1
+
+    @pytest.mark.parametrize("make_stage", [ar_stage, denoiser_stage])
+    def test_a_resumed_run_ends_with_the_same_bits(self, config, tokenizer, tmp_path, make_stage):
+        def run(folder: Path, steps: int) -> TwoTowerModel:
+            settings = {"steps": steps, "decay_fraction": 0.0}
+            changed = replace(config, ar=replace(config.ar, **settings), denoiser=replace(config.denoiser, **settings))
+            model = new_model(changed)
+            folder.mkdir(exist_ok=True)
+            assert run_stage(model, make_stage(model, changed, tokenizer), changed, folder).step == steps
+            return model
+
+        whole = run(tmp_path / "whole", 4)
+        run(tmp_path / "halves", 2)
+        resumed = run(tmp_path / "halves", 4)
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+    def test_each_stage_moves_only_its_own_tower(self, config, tokenizer, tmp_path):
+        model = new_model(config)
+        for make_stage, frozen in ((ar_stage, "denoiser"), (denoiser_stage, "context")):
+            before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            run_stage(model, make_stage(model, config, tokenizer), config, tmp_path)
+            changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+            context = {name for name in before if name.startswith("context_")}
+            assert changed
+            assert not changed & (context if frozen == "context" else before.keys() - context)
+
+
+def test_the_command_trains_evaluates_and_exports(tmp_path):
+    pytest.importorskip("matplotlib")
+    content = tiny_content(tmp_path)
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(content))
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    cli.run(parser.parse_args([str(path)]))
+    folder = tmp_path / "model"
+    model = TwoTowerModel.from_pretrained(folder)
+    assert model.config.pattern == "M*-"
+    assert json.loads((folder / "config.json").read_text()) == content["model"]
+    first = json.loads((folder / "heldout.jsonl").read_text().splitlines()[0])
+    assert first["prompt"] == evaluation_problems(load_config(path), 1)[0].prompt
+    assert "of 2" in (folder / "README.md").read_text()
+    assert (folder / "loss.png").stat().st_size > 0

@@ -1,0 +1,218 @@
+"""Training batches, made from (seed, stage, step) alone: fresh in every step, and the same again after a resume."""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from vllm_twotower.training.config import DataConfig, DenoiserStageConfig
+from vllm_twotower.training.library_text import draw_piece
+from vllm_twotower.training.problems import draw_training_problem
+from vllm_twotower.training.tokenizer import BOS_ID, EOS_ID, MASK_ID
+
+SMALLEST_T = 1e-3
+
+# Kinds of block starts, for the cross-entropy by offset.
+ANSWER_START, ANSWER_LATER, RANDOM_START = range(3)
+START_KINDS = {ANSWER_START: "answer start", ANSWER_LATER: "later in the answer", RANDOM_START: "random offset"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """BOS, prompt, answer, EOS; a piece of general text is all answer."""
+
+    tokens: list[int]
+    answer_start: int  # index of the answer's first token
+    answer_weight: float
+
+    def weights(self, prompt_weight: float) -> list[float]:
+        """The loss weight of every token."""
+        answer_length = len(self.tokens) - self.answer_start
+        return [prompt_weight] * self.answer_start + [self.answer_weight] * answer_length
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """Documents one after the other, cut at sequence_length + block_size tokens (P)."""
+
+    tokens: np.ndarray  # (P,) int64
+    weights: np.ndarray  # (P,) float32
+    ends: np.ndarray  # (P,) int64: position of the EOS of the token's document (past P if it was cut)
+    answers: list[tuple[int, int]]  # (first position, position of the EOS) of every answer
+
+
+@dataclass(frozen=True)
+class ARBatch:
+    """Next-token prediction: tokens (B, L) int64, targets (B, L) int64, weights (B, L) fp32."""
+
+    tokens: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class DenoiserBatch:
+    """N blocks of S tokens in each of B packed sequences."""
+
+    tokens: Tensor  # (B, L) int64, clean
+    block_starts: Tensor  # (B, N) int64, within 1 and L
+    kinds: Tensor  # (B, N) int64, one of START_KINDS
+    targets: Tensor  # (B, N, S) int64; EOS past the end of the document
+    weights: Tensor  # (B, N, S) fp32
+    masked: Tensor  # (B, N, S) bool, at least one in every block
+    t: Tensor  # (B, N) fp32
+
+    @property
+    def canvas(self) -> Tensor:
+        """The blocks as the denoiser sees them (B, N, S)."""
+        return self.targets.masked_fill(self.masked, MASK_ID)
+
+
+def step_rng(seed: int, stage: str, step: int) -> random.Random:
+    """The source of everything random in one step."""
+    return random.Random(f"{seed}/{stage}/{step}")
+
+
+def draw_text(rng: random.Random, config: DataConfig) -> tuple[str, str]:
+    """(prompt, answer) of one document; general text has no prompt."""
+    if rng.random() < config.library_share:
+        return "", draw_piece(rng, config.library_characters)
+    problem = draw_training_problem(rng, config.mix)
+    return problem.prompt, problem.answer
+
+
+def make_documents(texts: list[tuple[str, str]], config: DataConfig, tokenizer: Tokenizer) -> list[Document]:
+    """Tokenises prompts and answers apart, as at inference."""
+    prompts = tokenizer.encode_batch([prompt for prompt, _ in texts], add_special_tokens=False)
+    answers = tokenizer.encode_batch([answer for _, answer in texts], add_special_tokens=False)
+    return [
+        Document(
+            tokens=[BOS_ID, *prompt.ids, *answer.ids, EOS_ID],
+            answer_start=1 + len(prompt.ids),
+            answer_weight=1.0 if prompt.ids else config.library_weight,
+        )
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def pack(documents: list[Document], length: int, prompt_weight: float) -> PackedSequence:
+    """Concatenates documents until `length` tokens are full; the last one is cut."""
+    tokens: list[int] = []
+    weights: list[float] = []
+    ends: list[int] = []
+    answers: list[tuple[int, int]] = []
+    for document in documents:
+        end = len(tokens) + len(document.tokens) - 1
+        answers.append((len(tokens) + document.answer_start, end))
+        tokens += document.tokens
+        weights += document.weights(prompt_weight)
+        ends += [end] * len(document.tokens)
+    if len(tokens) < length:
+        raise ValueError(f"{len(tokens)} tokens do not fill a sequence of {length}")
+    return PackedSequence(
+        np.array(tokens[:length], np.int64),
+        np.array(weights[:length], np.float32),
+        np.array(ends[:length], np.int64),
+        [answer for answer in answers if answer[0] < length],
+    )
+
+
+def draw_sequences(rng: random.Random, count: int, config: DataConfig, tokenizer: Tokenizer) -> list[PackedSequence]:
+    """`count` packed sequences, each of sequence_length + block_size tokens."""
+    length = config.sequence_length + config.block_size
+    sequences, waiting = [], []
+    while len(sequences) < count:
+        waiting += make_documents([draw_text(rng, config) for _ in range(4 * count)], config, tokenizer)
+        while len(sequences) < count and sum(len(document.tokens) for document in waiting) >= length:
+            taken = _first_to_fill(waiting, length)
+            sequences.append(pack(waiting[:taken], length, config.prompt_weight))
+            waiting = waiting[taken:]
+    return sequences
+
+
+def _first_to_fill(documents: list[Document], length: int) -> int:
+    filled = 0
+    for count, document in enumerate(documents, start=1):
+        filled += len(document.tokens)
+        if filled >= length:
+            return count
+    return len(documents)
+
+
+def make_ar_batch(rng: random.Random, batch_size: int, config: DataConfig, tokenizer: Tokenizer) -> ARBatch:
+    """One step's batch of the context tower's stage."""
+    sequences = draw_sequences(rng, batch_size, config, tokenizer)
+    length = config.sequence_length
+    tokens = torch.from_numpy(np.stack([sequence.tokens[: length + 1] for sequence in sequences]))
+    weights = torch.from_numpy(np.stack([sequence.weights[1 : length + 1] for sequence in sequences]))
+    return ARBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights)
+
+
+def make_denoiser_batch(
+    rng: random.Random, stage: DenoiserStageConfig, config: DataConfig, tokenizer: Tokenizer
+) -> DenoiserBatch:
+    """One step's batch of the denoiser's stage."""
+    sequences = draw_sequences(rng, stage.batch_size, config, tokenizer)
+    numbers = np.random.default_rng(rng.getrandbits(64))
+    drawn = [_draw_starts(numbers, sequence, stage, config) for sequence in sequences]
+    blocks = [_cut_blocks(sequence, starts, config) for sequence, (starts, _) in zip(sequences, drawn, strict=True)]
+    targets = np.stack([block for block, _ in blocks])
+    t, masked = _draw_masks(numbers, targets.shape, stage.full_mask_share)
+    return DenoiserBatch(
+        tokens=torch.from_numpy(np.stack([sequence.tokens[: config.sequence_length] for sequence in sequences])),
+        block_starts=torch.from_numpy(np.stack([starts for starts, _ in drawn])),
+        kinds=torch.from_numpy(np.stack([kinds for _, kinds in drawn])),
+        targets=torch.from_numpy(targets),
+        weights=torch.from_numpy(np.stack([weights for _, weights in blocks])),
+        masked=torch.from_numpy(masked),
+        t=torch.from_numpy(t),
+    )
+
+
+def _draw_starts(
+    numbers: np.random.Generator, sequence: PackedSequence, stage: DenoiserStageConfig, config: DataConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Starts (N,) and kinds (N,) of a sequence's blocks.
+
+    At inference blocks start where the prompt ends, and go on from there; a denoiser trained on another phase fails.
+    Random starts are drawn in proportion to the loss weight of the token there, so few lie in prompts.
+    """
+    first, last = 1, config.sequence_length  # a block needs a context, if only BOS
+    aligned = [
+        (position, ANSWER_START if position == start else ANSWER_LATER)
+        for start, end in sequence.answers
+        for position in range(start, min(end, last) + 1, config.block_size)
+    ]
+    wanted = round(stage.blocks_per_sequence * stage.answer_block_share)
+    chosen = [aligned[i] for i in numbers.permutation(len(aligned))[:wanted]]
+    weights = sequence.weights[first : last + 1]
+    positions = numbers.choice(
+        np.arange(first, last + 1), size=stage.blocks_per_sequence - len(chosen), p=weights / weights.sum()
+    )
+    starts = np.array([position for position, _ in chosen] + positions.tolist(), np.int64)
+    kinds = np.array([kind for _, kind in chosen] + [RANDOM_START] * len(positions), np.int64)
+    return starts, kinds
+
+
+def _cut_blocks(sequence: PackedSequence, starts: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Targets (N, S) and loss weights (N, S) of the blocks at `starts` (N,)."""
+    positions = starts[:, None] + np.arange(config.block_size)
+    past_end = positions > sequence.ends[starts][:, None]
+    targets = np.where(past_end, EOS_ID, sequence.tokens[positions])
+    weights = np.where(past_end, np.float32(config.fill_weight), sequence.weights[positions])
+    return targets, weights
+
+
+def _draw_masks(
+    numbers: np.random.Generator, shape: tuple[int, int, int], full_mask_share: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """t (B, N) and masks (B, N, S): every token is masked with probability t, and one of them at any rate."""
+    t = numbers.uniform(SMALLEST_T, 1, shape[:2]).astype(np.float32)
+    t[numbers.random(shape[:2]) < full_mask_share] = 1
+    draws = numbers.random(shape)
+    masked = draws < t[..., None]
+    np.put_along_axis(masked, draws.argmin(-1)[..., None], True, -1)
+    return t, masked

@@ -1,0 +1,208 @@
+"""Writes a trained run as a model folder: weights in bf16, tokenizer, held-out problems, loss curve, model card."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_twotower.reference import TwoTowerModel
+from vllm_twotower.training.config import StageConfig, TrainConfig
+from vllm_twotower.training.evaluate import Score, evaluation_problems, read_scores
+from vllm_twotower.training.problems import HELD_OUT_ONE_IN, Problem
+from vllm_twotower.training.stages import AR, DENOISER, load_latest
+from vllm_twotower.training.trainer import Progress, read_log
+
+HELD_OUT_SAMPLE = 200
+
+
+def export_run(config: TrainConfig, run_dir: Path) -> None:
+    """Exports the newest weights of a run to export_dir; without an evaluation there, the card has no scores."""
+    folder = Path(config.export_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    model, progress = load_latest(config, run_dir)
+    model.save_pretrained(folder, torch.bfloat16)
+    (folder / "config.json").write_text(json.dumps(config.model, indent=2) + "\n", encoding="utf-8")
+    for file in (run_dir / "tokenizer").iterdir():
+        shutil.copy(file, folder)
+    write_problems(folder / "heldout.jsonl", evaluation_problems(config, HELD_OUT_SAMPLE))
+    draw_losses(folder / "loss.png", {stage: read_log(run_dir, stage) for stage in progress})
+    evaluated = read_scores(run_dir) if (run_dir / "evaluation.json").exists() else ([], {})
+    card = model_card(config, model, progress, run_dir, *evaluated)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_problems(path: Path, problems: list[Problem]) -> None:
+    """One JSON object a line: family, prompt (without BOS), answer in full, result to look for."""
+    lines = [
+        json.dumps({"family": one.family, "prompt": one.prompt, "answer": one.answer, "result": one.result})
+        for one in problems
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def draw_losses(path: Path, logs: dict[str, list[dict[str, Any]]]) -> None:
+    """Loss over tokens, one panel a stage."""
+    from matplotlib.figure import Figure
+
+    titles = {AR: "context tower: next token", DENOISER: "denoiser: masked tokens"}
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, (stage, log) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items(), strict=True):
+        axes.plot([entry["tokens"] / 1e6 for entry in log], [entry["loss"] for entry in log], linewidth=1)
+        axes.set(title=titles[stage], xlabel="million tokens", ylabel="weighted cross-entropy (nats)", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
+
+
+def model_card(
+    config: TrainConfig,
+    model: TwoTowerModel,
+    progress: dict[str, Progress],
+    run_dir: Path,
+    scores: list[Score],
+    full_mask_loss: dict[str, float],
+) -> str:
+    """README.md of the model folder."""
+    sections = [
+        _INTRODUCTION,
+        _size_section(config, model),
+        _training_section(config, progress, run_dir),
+        _score_section(scores, full_mask_loss),
+        _LIMITS,
+    ]
+    return "\n".join(sections)
+
+
+_INTRODUCTION = """\
+---
+license: apache-2.0
+language: en
+tags: [block-diffusion, twotower, nemotron-h, tiny]
+---
+
+# tiny-twotower
+
+A very small TwoTower block-diffusion language model in the key layout of NVIDIA's Nemotron TwoTower, trained from
+nothing on generated text with two CPU cores. It exists so that vllm-twotower can be tested, demonstrated and
+benchmarked anywhere with a model whose answers can be right or wrong. It knows arithmetic word problems and a few
+other templates, and nothing else.
+
+Prompts have the form of the training data; the chat template produces it:
+
+```
+Question: Tom has 12 apples and buys 7 more. How many apples does he have?
+Answer: 12 + 7 = 19. He has 19 apples. The answer is 19.
+```
+"""
+
+_LIMITS = """\
+## Limits
+
+- The questions must be worded like the templates in `vllm_twotower/training/problems.py`; other English gives nonsense.
+- Numbers beyond the trained ranges (addition up to 60 + 60, products up to 9 * 12) are mostly wrong.
+- Names, things and most numbers of a held-out problem occur in training; only the combination of template and numbers
+  (or words) is new. The scores say that the model applies what it saw, not that it can reason.
+- Held-out facts (capitals, opposites, young animals) are asked in a wording that training had for other facts only.
+- Trained on blocks of 16 tokens; larger blocks fail. Chats of more than one turn resemble packed training documents,
+  but no question refers to an earlier one.
+"""
+
+
+def _size_section(config: TrainConfig, model: TwoTowerModel) -> str:
+    def millions(*modules: torch.nn.Module) -> str:
+        return f"{sum(p.numel() for module in modules for p in module.parameters()) / 1e6:.2f} M"
+
+    c = model.config
+    time_modules = (model.t_embedder, model.t_block, model.scale_shift_tables)
+    return f"""\
+## Size
+
+| part | parameters |
+|---|---|
+| context tower and head | {millions(model.context_tower, model.context_lm_head)} |
+| denoiser tower and head | {millions(model.denoiser_tower, model.lm_head)} |
+| time conditioning | {millions(*time_modules)} |
+| all, in bf16 | {millions(model)} |
+
+Pattern `{c.pattern}` (M Mamba-2, * attention, - MLP), hidden size {c.hidden_size}, {c.num_attention_heads} attention
+heads of {c.head_dim} with {c.num_key_value_heads} KV heads, {c.mamba_num_heads} Mamba heads of {c.mamba_head_dim} in
+{c.n_groups} groups with state size {c.ssm_state_size}, byte-level BPE of {c.vocab_size} tokens with single digits,
+`<unk>` 0, `<s>` 1, `</s>` 2, `<mask>` 3, block size {config.data.block_size}.
+"""
+
+
+def _training_section(config: TrainConfig, progress: dict[str, Progress], run_dir: Path) -> str:
+    families = ", ".join(family.replace("_", " ") for family in config.data.mix)
+    rows = "\n".join(
+        _stage_row(stage, settings, progress[name], read_log(run_dir, name))
+        for name, stage, settings in ((AR, "context tower, AR", config.ar), (DENOISER, "denoiser", config.denoiser))
+        if name in progress
+    )
+    python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    data, denoiser = config.data, config.denoiser
+    return f"""\
+## Training
+
+```
+vllm-twotower train configs/train-tiny.yaml
+```
+
+All data are made on the spot from seed {config.seed}, fresh in every step: templated problems ({families}) and, as
+{data.library_share:.0%} of the documents, pieces of the standard library of the Python that runs the training (here
+{python}; another version gives other pieces). One problem in {HELD_OUT_ONE_IN} is held out, by a hash of its template
+and its numbers or words. Packed sequences of {data.sequence_length} tokens; loss weights {data.prompt_weight:g} for
+prompts, {data.library_weight:g} for library text, {data.fill_weight:g} for the EOS tokens that fill a last block, 1 for
+answers. AdamW, constant rate, linear decay over the last part.
+
+The denoiser starts as a copy of the context tower, which stays frozen. Of its blocks
+{denoiser.answer_block_share:.0%} start where an answer starts or a multiple of {data.block_size} tokens later, the
+others anywhere. t is 1 for {denoiser.full_mask_share:.0%} of the blocks and otherwise uniform in [0.001, 1]; each token
+is masked with probability t.
+
+| stage | steps | predicted positions | minutes on 2 CPU cores | peak learning rate | last loss |
+|---|---|---|---|---|---|
+{rows}
+
+The cores were shared with other work. Loss is the weighted cross-entropy in nats, before each update:
+
+![loss](loss.png)
+"""
+
+
+def _stage_row(title: str, settings: StageConfig, progress: Progress, log: list[dict[str, Any]]) -> str:
+    tokens, loss = log[-1]["tokens"] / 1e6, log[-1]["loss"]
+    return (
+        f"| {title} | {progress.step} of {settings.steps} | {tokens:.1f} M | {progress.seconds / 60:.0f} | "
+        f"{settings.learning_rate:g} | {loss:.4f} |"
+    )
+
+
+def _score_section(scores: list[Score], full_mask_loss: dict[str, float]) -> str:
+    if not scores:
+        return "## Evaluation\n\nNot evaluated.\n"
+    rows = "\n".join(
+        f"| {one.mode} | {one.right} of {one.problems} | {one.accuracy:.1%} | {one.tokens_per_pass:.1f} | "
+        f"{_wrong_families(one)} |"
+        for one in scores
+    )
+    losses = ", ".join(f"{loss:.3f} ({kind})" for kind, loss in full_mask_loss.items())
+    return f"""\
+## Evaluation
+
+Held-out problems, greedy, plain PyTorch model in fp32 with the exported bf16 weights, at most 16 denoiser passes a
+block. An answer is right if the text names the expected result after "The answer is". `heldout.jsonl` has the first
+{HELD_OUT_SAMPLE} of these problems.
+
+| mode | right | | tokens per pass (denoiser; AR: context tower) | wrong answers by family |
+|---|---|---|---|---|
+{rows}
+
+Cross-entropy of wholly masked blocks by where they start: {losses}.
+"""
+
+
+def _wrong_families(one: Score) -> str:
+    ranked = sorted(one.wrong_by_family.items(), key=lambda item: -item[1])
+    return ", ".join(f"{family.replace('_', ' ')} {count}" for family, count in ranked) or "none"

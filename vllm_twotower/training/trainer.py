@@ -1,0 +1,150 @@
+"""The training loop of one stage: batches by step number, AdamW, a log in JSON lines, checkpoints to resume from."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_twotower.reference import TwoTowerModel
+from vllm_twotower.training.config import StageConfig, TrainConfig
+
+ADAM_BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What distinguishes one stage: its name, its settings, the modules it trains, its batches and its loss."""
+
+    name: str
+    config: StageConfig
+    trained: list[nn.Module | nn.ParameterList]
+    make_batch: Callable[[int], Any]  # step -> batch
+    loss: Callable[[TwoTowerModel, Any], Tensor]
+    tokens_per_step: int  # positions that the trained tower predicts
+
+
+@dataclass
+class Progress:
+    """Where a stage stands."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training, over all sessions
+
+
+def learning_rate(config: StageConfig, step: int) -> float:
+    """Linear warm-up, constant, linear decay to zero over the last decay_fraction of the steps."""
+    decay_steps = config.steps * config.decay_fraction
+    warmup = (step + 1) / max(1, config.warmup_steps)
+    decay = (config.steps - step) / max(1.0, decay_steps)
+    return config.learning_rate * min(1.0, warmup, decay)
+
+
+def run_stage(model: TwoTowerModel, stage: Stage, config: TrainConfig, run_dir: Path) -> Progress:
+    """Trains until the stage's last step, going on from its checkpoint in `run_dir` if there is one."""
+    optimizer = _make_optimizer(model, stage)
+    checkpoint = run_dir / f"{stage.name}.pt"
+    progress = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else Progress()
+    loss_function = torch.compile(stage.loss) if config.compile else stage.loss
+    model.train()
+    started, saved = time.monotonic() - progress.seconds, time.monotonic()
+    recent: list[tuple[float, float]] = []
+    while progress.step < stage.config.steps:
+        recent.append(_train_step(model, stage, loss_function, optimizer, progress.step, config.bf16_autocast))
+        progress.step += 1
+        progress.seconds = time.monotonic() - started
+        if progress.step % config.log_every == 0 or progress.step == stage.config.steps:
+            _log(run_dir, stage, progress, recent)
+            recent = []
+        if time.monotonic() - saved > 60 * config.checkpoint_minutes or progress.step == stage.config.steps:
+            save_checkpoint(checkpoint, model, optimizer, progress)
+            saved = time.monotonic()
+    model.eval()
+    return progress
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    """Writes weights, optimizer state and progress; a kill while writing leaves the old file intact."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": vars(progress)}
+    torch.save(content, partial)
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Progress:
+    """Restores what save_checkpoint wrote."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(content["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(content["optimizer"])
+    return Progress(**content["progress"])
+
+
+def read_log(run_dir: Path, stage: str) -> list[dict[str, Any]]:
+    """The log entries of a stage, each step once (a resumed run repeats steps after its checkpoint)."""
+    path = run_dir / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    entries = {entry["step"]: entry for entry in map(json.loads, lines) if entry["stage"] == stage}
+    return [entries[step] for step in sorted(entries)]
+
+
+def _make_optimizer(model: TwoTowerModel, stage: Stage) -> torch.optim.AdamW:
+    """AdamW on the stage's parameters, all others frozen; no weight decay for vectors (norms, biases, A, D, dt)."""
+    model.requires_grad_(False)
+    decayed, others = [], []
+    for parameter in _parameters(stage):
+        parameter.requires_grad_(True)
+        (decayed if parameter.ndim > 1 else others).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": stage.config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=stage.config.learning_rate, betas=ADAM_BETAS)
+
+
+def _parameters(stage: Stage) -> Iterator[nn.Parameter]:
+    for module in stage.trained:
+        yield from module.parameters()
+
+
+def _train_step(
+    model: TwoTowerModel,
+    stage: Stage,
+    loss_function: Callable[[TwoTowerModel, Any], Tensor],
+    optimizer: torch.optim.AdamW,
+    step: int,
+    bf16_autocast: bool,
+) -> tuple[float, float]:
+    """One update; returns the loss and the gradient's norm before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(stage.config, step)
+    batch = stage.make_batch(step)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16_autocast):
+        loss = loss_function(model, batch)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(_parameters(stage), stage.config.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item(), norm.item()
+
+
+def _log(run_dir: Path, stage: Stage, progress: Progress, recent: list[tuple[float, float]]) -> None:
+    losses, norms = zip(*recent, strict=True)
+    entry = {
+        "stage": stage.name,
+        "step": progress.step,
+        "tokens": progress.step * stage.tokens_per_step,
+        "loss": sum(losses) / len(losses),
+        "gradient_norm": sum(norms) / len(norms),
+        "learning_rate": learning_rate(stage.config, progress.step - 1),
+        "seconds": round(progress.seconds, 1),
+    }
+    with (run_dir / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write(json.dumps(entry) + "\n")
+    print(json.dumps(entry), flush=True)
