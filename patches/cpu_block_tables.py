@@ -59,7 +59,7 @@ def compute_slot_mappings(
     groups without slots. Returns a view of shape [G, num_tokens_padded].
     """
     if self.cp_size != 1:
-        raise NotImplementedError("context parallelism is not supported on a CPU")
+        raise ValueError(f"decode_context_parallel_size={self.cp_size} is not supported on a CPU: it must be 1")
     slot_mappings = self.slot_mappings if out is None else out
     mappings = slot_mappings.numpy()
     bounds = query_start_loc.numpy()[: idx_mapping.shape[0] + 1]

@@ -36,7 +36,7 @@ def apply_write(
 ) -> None:
     """Copy each write's contents into its row from its start column on."""
     if MULTI_GROUP:
-        raise NotImplementedError("writes to several tables come one table at a time: see apply_by_group")
+        raise ValueError("writes to several tables come one table at a time: see apply_by_group")
     bounds = np.concatenate(((0,), write_cu_lens))
     write, offset = rows_and_offsets(bounds)
     first = write_indices.astype(np.int64) * output_stride + write_starts

@@ -7,7 +7,7 @@ from typing import Any
 
 # Modules of this package, each with a tuple PATCHES. The start modules must import neither torch nor vLLM at the top.
 START_MODULES = ("model_runner_choice", "sampling_params")
-WORKER_MODULES = ("cpu_staged_writes", "cpu_input_batch", "cpu_block_tables", "cpu_kv_zeroing")
+WORKER_MODULES = ("triton_placeholder", "cpu_staged_writes", "cpu_input_batch", "cpu_block_tables", "cpu_kv_zeroing")
 
 TWO_TOWER_ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 

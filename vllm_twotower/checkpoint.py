@@ -173,21 +173,28 @@ def tensor_shapes(config: TwoTowerConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensors(config: TwoTowerConfig, found: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Compares the tensors of a checkpoint with the layout.
+class WeightCheck:
+    """Compares the tensors of a checkpoint with the layout as they pass by, without holding them."""
 
-    Raises :class:`CheckpointError` naming (up to eight of) the missing, unexpected and wrongly shaped tensors.
-    """
-    expected = tensor_shapes(config)
-    problems = [f"missing tensor {name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    for name, shape in found.items():
-        if name not in expected:
-            problems.append(f"unexpected tensor {name} {list(shape)}")
-        elif tuple(shape) != expected[name]:
-            problems.append(f"tensor {name} has shape {list(shape)}, the configuration asks for {list(expected[name])}")
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(f"{source} is not a TwoTower checkpoint: {'; '.join(problems[:8])}{more}")
+    def __init__(self, config: TwoTowerConfig):
+        self._missing = tensor_shapes(config)
+
+    def see(self, name: str, tensor: torch.Tensor) -> None:
+        """Notes one tensor; raises :class:`CheckpointError` if it is unexpected, doubled, or has another shape."""
+        expected = self._missing.pop(name, None)
+        if expected is None:
+            raise CheckpointError(f"unexpected tensor {name} {list(tensor.shape)} in a TwoTower checkpoint")
+        if tuple(tensor.shape) != expected:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(tensor.shape)}, the configuration asks for {list(expected)}"
+            )
+
+    def finish(self) -> None:
+        """Raises :class:`CheckpointError` naming (up to eight of) the tensors that did not come."""
+        if self._missing:
+            names = [f"{name} {list(shape)}" for name, shape in self._missing.items()]
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise CheckpointError(f"missing in the TwoTower checkpoint: {', '.join(names[:8])}{more}")
 
 
 def read_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -203,4 +210,6 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Writes ``folder/model.safetensors``."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors}, Path(folder) / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors}, Path(folder) / "model.safetensors", {"format": "pt"}
+    )

@@ -429,7 +429,7 @@ def test_compute_slot_mappings(seed, num_groups, some_dummies, own_out):
 def test_context_parallelism_is_refused():
     block_tables = fake_block_tables(random.Random(0), 1)
     block_tables.cp_size = 2
-    with pytest.raises(NotImplementedError, match="context parallelism"):
+    with pytest.raises(ValueError, match="decode_context_parallel_size"):
         cpu_block_tables.compute_slot_mappings(block_tables, tensor([0]), tensor([0, 1]), tensor([0]), 1)
 
 

@@ -75,7 +75,7 @@ def test_denoiser_logits_equal_golden(name: str) -> None:
                 if expected is not None:
                     got = result.blocks[block][step].logits.numpy().copy()
                     got[:, 3] = expected[:, 3]  # the record holds the suppressed mask logit
-                    np.testing.assert_allclose(got, expected, atol=2e-4)
+                    np.testing.assert_allclose(got, expected, atol=1e-3, rtol=0)
                     compared += 1
     assert compared == len(golden_data.logits(name))
 

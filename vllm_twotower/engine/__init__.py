@@ -1,1 +1,1 @@
-"""Inside vLLM's step: rows to towers, block sampling, scheduling, metrics."""
+"""How a TwoTower runs inside vLLM: configuration, per-request state, the step plan and the block sampler."""

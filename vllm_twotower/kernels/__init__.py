@@ -1,1 +1,1 @@
-"""Triton kernels, each with its PyTorch reference beside it."""
+"""Kernels of the denoiser, as plain torch functions."""

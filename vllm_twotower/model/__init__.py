@@ -1,1 +1,1 @@
-"""The model as vLLM runs it: towers, time conditioning, weights."""
+"""The vLLM model class and its two towers."""

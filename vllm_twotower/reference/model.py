@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vllm_twotower.checkpoint import TwoTowerConfig, check_tensors, read_tensors, write_tensors
+from vllm_twotower.checkpoint import TwoTowerConfig, WeightCheck, read_tensors, write_tensors
 
 from .layers import (
     MLP,
@@ -67,7 +67,9 @@ class Tower(nn.Module):
         self.layers = nn.ModuleList(Layer(c, kind) for kind in c.pattern)
         self.norm_f = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
 
-    def advance(self, tokens: Tensor, past: list[LayerState] | None) -> tuple[Tensor, list[AttentionState | MambaTrace | None]]:
+    def advance(
+        self, tokens: Tensor, past: list[LayerState] | None
+    ) -> tuple[Tensor, list[AttentionState | MambaTrace | None]]:
         """Runs causally over tokens (B, L) after ``past``: hidden states (B, L, H) and what each layer saw."""
         x = self.embeddings(tokens)
         seen: list[AttentionState | MambaTrace | None] = []
@@ -133,11 +135,14 @@ class TwoTowerModel(nn.Module):
     ) -> TwoTowerModel:
         """Loads a checkpoint folder strictly; raises :class:`~vllm_twotower.checkpoint.CheckpointError`."""
         config = TwoTowerConfig.from_pretrained(folder)
-        tensors = dict(read_tensors(folder))
-        check_tensors(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, str(folder))
+        check, tensors = WeightCheck(config), {}
+        for name, tensor in read_tensors(folder):
+            check.see(name, tensor)
+            tensors[name] = tensor.to(device, dtype)
+        check.finish()
         with torch.device("meta"):
             model = cls(config)
-        model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
+        model.load_state_dict(tensors, assign=True)
         return model.eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype) -> None:

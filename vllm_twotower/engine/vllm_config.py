@@ -1,0 +1,137 @@
+"""What vLLM's configuration must be for a TwoTower engine: checked, completed, or refused in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.config import DiffusionConfig
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import NemotronHForCausalLMConfig, VerifyAndUpdateConfig
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_twotower.checkpoint import DEFAULT_CANVAS_LENGTH
+from vllm_twotower.config import EngineOptions
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+logger = init_logger(__name__)
+
+
+class TwoTowerModelConfig(VerifyAndUpdateConfig):
+    """The hooks that vLLM calls for this architecture while it builds its configuration."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Declares the model a diffusion model: vLLM asks ``hf_config.canvas_length``."""
+        hf_config = model_config.hf_config
+        if getattr(hf_config, "canvas_length", None) is None:
+            hf_config.canvas_length = DEFAULT_CANVAS_LENGTH
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Resolves the engine's options; raises ValueError for what cannot be served, naming option and value."""
+        _refuse_unsupported(vllm_config)
+        NemotronHForCausalLMConfig.verify_and_update_config(vllm_config)
+
+        hf_config = vllm_config.model_config.hf_config
+        if vllm_config.diffusion_config is None:
+            vllm_config.diffusion_config = DiffusionConfig(canvas_length=hf_config.canvas_length)
+        diffusion = vllm_config.diffusion_config
+        if diffusion.canvas_length is None:
+            diffusion.canvas_length = hf_config.canvas_length
+        options = EngineOptions.resolve(
+            vllm_config.additional_config,
+            canvas_length=diffusion.canvas_length,
+            max_denoising_steps=diffusion.max_denoising_steps,
+            mask_token_id=getattr(hf_config, "mask_token_id", None),
+            vocab_size=vllm_config.model_config.get_vocab_size(),
+        )
+        options.store(vllm_config.model_config)
+        _refuse_uncommitted_blocks_in_caches(vllm_config, options)
+        _fit_scheduler(vllm_config, options)
+        # The two towers run on different rows of a step, so a whole-step graph or compiled forward does not apply.
+        vllm_config.compilation_config.mode = CompilationMode.NONE
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+
+
+def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    refused = (
+        (
+            "attention_config.backend",
+            vllm_config.attention_config.backend == AttentionBackendEnum.FLASHINFER and "FLASHINFER",
+            "FlashInfer drops the denoiser's keys and values; use FLASH_ATTN or TRITON_ATTN",
+        ),
+        (
+            "pipeline_parallel_size",
+            parallel.pipeline_parallel_size > 1 and parallel.pipeline_parallel_size,
+            "both towers' layers must be in one process; use tensor parallelism",
+        ),
+        (
+            "decode_context_parallel_size",
+            parallel.decode_context_parallel_size > 1 and parallel.decode_context_parallel_size,
+            "the denoiser reads whole sequences of keys and values",
+        ),
+        (
+            "prefill_context_parallel_size",
+            parallel.prefill_context_parallel_size > 1 and parallel.prefill_context_parallel_size,
+            "the Mamba layers read the prompt in order",
+        ),
+        ("enable_dbo", parallel.enable_dbo, "the two towers cannot be split into microbatches"),
+        ("enable_lora", vllm_config.lora_config is not None, "LoRA adapters are not supported"),
+        (
+            "speculative_config",
+            vllm_config.speculative_config is not None and vllm_config.speculative_config.method,
+            "blocks are denoised in the place of draft tokens",
+        ),
+        (
+            "async_scheduling",
+            vllm_config.scheduler_config.async_scheduling,
+            "which rows the context tower runs on depends on the step before",
+        ),
+        ("mamba_use_replayssm", vllm_config.cache_config.use_replayssm, "the denoiser reads materialised Mamba states"),
+    )
+    for name, value, reason in refused:
+        if value:
+            raise ValueError(f"{name}={value!r} is not supported for TwoTower models: {reason}")
+    vllm_config.scheduler_config.async_scheduling = False
+    if not vllm_config.use_v2_model_runner:
+        raise ValueError("VLLM_USE_V2_MODEL_RUNNER=0 is not supported for TwoTower models: unset it")
+
+
+def _refuse_uncommitted_blocks_in_caches(vllm_config: VllmConfig, options: EngineOptions) -> None:
+    """Caches that outlive a request would keep pages the context tower has not written yet."""
+    reason = {
+        "lazy": "with commit='lazy' the last block of a request never gets its keys, values and Mamba states",
+        "separate": "the Mamba states of generated blocks are not kept at block borders",
+    }[options.commit]
+    if vllm_config.cache_config.enable_prefix_caching:
+        raise ValueError(f"enable_prefix_caching=True is not supported for TwoTower models: {reason}")
+    if vllm_config.kv_transfer_config is not None:
+        connector = vllm_config.kv_transfer_config.kv_connector
+        raise ValueError(
+            f"kv_transfer_config.kv_connector={connector!r} is not supported for TwoTower models: {reason}"
+        )
+
+
+def _fit_scheduler(vllm_config: VllmConfig, options: EngineOptions) -> None:
+    """A canvas is denoised whole or not at all, so every running request's must fit into one step."""
+    scheduler = vllm_config.scheduler_config
+    needed = options.canvas_length * scheduler.max_num_seqs
+    if scheduler.max_num_batched_tokens < needed:
+        logger.warning(
+            "max_num_batched_tokens=%d holds fewer than %d requests with canvases of %d tokens; raised to %d",
+            scheduler.max_num_batched_tokens,
+            scheduler.max_num_seqs,
+            options.canvas_length,
+            needed,
+        )
+        scheduler.max_num_batched_tokens = needed
+    threshold = scheduler.long_prefill_token_threshold
+    if 0 < threshold < options.canvas_length:
+        raise ValueError(
+            f"long_prefill_token_threshold={threshold} is not supported for TwoTower models: it must be 0 or at least "
+            f"the canvas length ({options.canvas_length}), which it would cut"
+        )

@@ -1,0 +1,49 @@
+"""The denoiser's Mamba-2 block: convolution and scan over one canvas, seeded with the context tower's state.
+
+A canvas is short, so the scan is one dense product instead of a chunked recurrence (arXiv 2405.21060, section 6, with
+a single chunk). Nothing is written back: a denoiser pass leaves the seed as it was. ``R`` canvases of ``S`` positions,
+``C`` convolution channels, ``n`` heads of ``p`` channels, ``g`` groups of state size ``s``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def seeded_conv(x: Tensor, seed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Causal depthwise convolution, then SiLU.
+
+    Args: x (R, S, C); seed (R, k - 1, C), the inputs before the canvas; weight (C, k); bias (C,) or None.
+    Returns (R, S, C) in fp32.
+    """
+    positions = x.shape[1]
+    inputs = torch.cat((seed.to(x.dtype), x), 1).float()
+    taps = weight.float()
+    out = inputs[:, :positions] * taps[:, 0]
+    for k in range(1, weight.shape[1]):
+        out.addcmul_(inputs[:, k : k + positions], taps[:, k])
+    return F.silu(out if bias is None else out + bias.float())
+
+
+def seeded_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, seed: Tensor) -> Tensor:
+    """Selective scan ``h = exp(dt A) h + dt B x; y = C h + D x`` from ``h = seed``; all arguments fp32.
+
+    Args: x (R, S, n, p); dt (R, S, n) after softplus; a (n,) negative; b and c (R, S, g, s); d (n,);
+    seed (R, n, p, s). Returns y (R, S, n, p).
+    """
+    rows, positions, heads, _ = x.shape
+    per_group = heads // b.shape[2]
+    log_decay = (dt * a).cumsum(1).transpose(1, 2)  # (R, n, S)
+    pairwise = log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)  # (R, n, S, S)
+    later = torch.ones(positions, positions, dtype=torch.bool, device=x.device).triu(1)
+    decay = pairwise.masked_fill_(later, -math.inf).exp_() * dt.transpose(1, 2).unsqueeze(-2)
+    scores = c.transpose(1, 2) @ b.permute(0, 2, 3, 1)  # (R, g, S, S)
+    mixing = decay.view(rows, -1, per_group, positions, positions).mul_(scores.unsqueeze(2)).flatten(1, 2)
+    y = mixing @ x.transpose(1, 2)  # (R, n, S, p)
+    carried = c.transpose(1, 2).repeat_interleave(per_group, 1) @ seed.transpose(2, 3)
+    y = y.addcmul_(carried, log_decay.exp().unsqueeze(-1)).transpose(1, 2)
+    return y + x * d[:, None]

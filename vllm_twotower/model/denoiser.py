@@ -1,0 +1,248 @@
+"""The denoiser tower: Nemotron-H over canvases, reading the context tower's pages and states.
+
+Attention writes the canvas's keys and values into the context layer's own pages, at the slots of the positions the
+canvas stands for, and then attends without a causal mask to [context | canvas]; the context tower overwrites these
+scratch entries when it commits the block. Mamba layers read the context layer's state and write nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+from vllm.model_executor.models.nemotron_h import NemotronHAttention, NemotronHMLP, NemotronHModel
+from vllm.utils.torch_utils import _encode_layer_name
+from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
+
+from vllm_twotower.kernels.seeded_mamba import seeded_conv, seeded_scan
+
+from .context import mamba_mixer, moe_mixer
+
+CONTEXT_PREFIX, DENOISER_PREFIX = "context_tower", "denoiser_tower"
+
+
+@dataclass
+class CanvasRows:
+    """How the packed canvas tokens (T) of a step lie in R rows of at most S positions.
+
+    ``state_indices`` maps a context Mamba layer's name to the slots (R,) of its states; it is empty when memory is
+    profiled, before there are any.
+    """
+
+    num_rows: int
+    width: int
+    row_of_token: Tensor
+    """(T,) int64: the row each token belongs to."""
+    token_of_position: Tensor | None
+    """(R * S,) int64: the token at each position (any token where the row is shorter); None if no row is shorter."""
+    position_of_token: Tensor | None
+    """(T,) int64: where each token lies in (R * S); None if no row is shorter."""
+    state_indices: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(T, D) -> (R, S, D)."""
+        return (x if self.token_of_position is None else x[self.token_of_position]).view(self.num_rows, self.width, -1)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(R, S, D) -> (T, D)."""
+        x = x.flatten(0, 1)
+        return x if self.position_of_token is None else x[self.position_of_token]
+
+    @classmethod
+    def for_profiling(cls, num_tokens: int, width: int, device: torch.device) -> CanvasRows:
+        """Rows of ``width`` tokens without a context, the last one shorter."""
+        tokens = torch.arange(num_tokens, device=device)
+        rows = -(-num_tokens // width)
+        positions = torch.arange(rows * width, device=device).clamp_(max=num_tokens - 1)
+        return cls(rows, width, tokens // width, positions, tokens)
+
+
+def _context_name(layer_name: str) -> str:
+    return layer_name.replace(DENOISER_PREFIX, CONTEXT_PREFIX, 1)
+
+
+def _own_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
+    """The same backend under another name, so that the denoiser gets a metadata builder of its own.
+
+    Layers that share a backend share its builder, whose persistent buffers would be overwritten by the other tower.
+    """
+    return subclass_attention_backend("Denoiser", backend, backend.get_builder_cls())
+
+
+class DenoiserAttention(NemotronHAttention):
+    """Attention over [context | canvas], keys and values of both in the context layer's pages."""
+
+    def __init__(self, config, layer_idx, model_config, cache_config, quant_config, prefix):
+        super().__init__(config, layer_idx, model_config, cache_config, quant_config, prefix)
+        name = self.attn.layer_name
+        del get_current_vllm_config().compilation_config.static_forward_context[name]
+        self.attn = Attention(
+            self.num_heads,
+            self.head_dim,
+            self.scaling,
+            num_kv_heads=self.num_kv_heads,
+            cache_config=cache_config,
+            quant_config=quant_config,
+            prefix=name,
+            kv_sharing_target_layer_name=_context_name(name),
+            attn_backend=_own_backend(self.attn.attn_backend),
+        )
+
+    def forward(self, hidden_states: Tensor, rows: CanvasRows) -> Tensor:
+        """(T, H) -> (T, H)."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        # vLLM writes no keys and values for a layer that shares another one's pages.
+        torch.ops.vllm.unified_kv_cache_update(
+            k.reshape(-1, self.num_kv_heads, self.head_dim),
+            v.reshape(-1, self.num_kv_heads, self.head_dim),
+            _encode_layer_name(self.attn.layer_name),
+        )
+        return self.o_proj(self.attn(q, k, v))[0]
+
+
+class DenoiserMambaMixer(MambaMixer2):
+    """The mixer's weights without a cache of its own: seeded with the context layer's state, scan in fp32."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        del get_current_vllm_config().compilation_config.static_forward_context[self.prefix]
+
+    def _seed(self, rows: CanvasRows, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The context layer's states: convolution inputs (R, k - 1, C) and SSM states (R, n, p, s) in fp32."""
+        name = _context_name(self.prefix)
+        indices = rows.state_indices.get(name)
+        if indices is None:
+            return (
+                like.new_zeros(rows.num_rows, self.conv_kernel_size - 1, self.tped_conv_size),
+                like.new_zeros(
+                    rows.num_rows, self.tped_dt_size, self.head_dim, self.ssm_state_size, dtype=torch.float32
+                ),
+            )
+        conv_cache, ssm_cache = get_forward_context().no_compile_layers[name].kv_cache
+        conv = conv_cache[indices]
+        return (conv.transpose(1, 2) if is_conv_state_dim_first() else conv), ssm_cache[indices].float()
+
+    def forward(self, hidden_states: Tensor, rows: CanvasRows) -> Tensor:
+        """(T, H) -> (T, H)."""
+        projected, _ = self.in_proj(hidden_states)
+        gate, xbc, dt = projected.split([self.tped_intermediate_size, self.tped_conv_size, self.tped_dt_size], dim=-1)
+        conv_seed, ssm_seed = self._seed(rows, projected)
+        x, b, c = self.split_hidden_states_B_C_fn(
+            seeded_conv(rows.pad(xbc), conv_seed, self.conv_weights, self.conv1d.bias)
+        )
+        groups = (self.n_groups // self.tp_size, self.ssm_state_size)
+        y = seeded_scan(
+            x.unflatten(-1, (-1, self.head_dim)),
+            F.softplus(rows.pad(dt).float() + self.dt_bias.float()),
+            self.A,
+            b.unflatten(-1, groups),
+            c.unflatten(-1, groups),
+            self.D.float(),
+            ssm_seed,
+        )
+        return self.out_proj(self.norm(rows.pack(y.flatten(2)).to(hidden_states.dtype), gate))[0]
+
+
+class _DenoiserLayer(nn.Module):
+    """``x + gate * mixer(modulated norm of x)``; mixers that mix positions are modulated before the norm."""
+
+    mixes_positions: bool
+
+    def __init__(self, config, mixer: nn.Module):
+        super().__init__()
+        self.mixer = mixer
+        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+    def forward(self, x: Tensor, modulation: Tensor, rows: CanvasRows) -> Tensor:
+        """x (T, H) and modulation (T, 3, H), its shift, scale and gate, -> (T, H)."""
+        shift, scale, gate = modulation.unbind(1)
+        if self.mixes_positions:
+            y = self.mixer(self.norm(torch.addcmul(shift, x, 1 + scale)), rows)
+        else:
+            y = self.mixer(torch.addcmul(shift, self.norm(x), 1 + scale))
+        return torch.addcmul(x, gate, y)
+
+
+class DenoiserMambaLayer(_DenoiserLayer):
+    """The arguments are those :class:`NemotronHModel` gives its layers."""
+
+    mixes_positions = True
+
+    def __init__(self, config, layer_idx, model_config, cache_config, quant_config, parallel_config, prefix):
+        mixer = mamba_mixer(
+            DenoiserMambaMixer, config, model_config, cache_config, quant_config, prefix=f"{prefix}.mixer"
+        )
+        super().__init__(config, mixer)
+
+
+class DenoiserAttentionLayer(_DenoiserLayer):
+    """The arguments are those :class:`NemotronHModel` gives its layers."""
+
+    mixes_positions = True
+
+    def __init__(self, config, layer_idx, model_config, cache_config, quant_config, parallel_config, prefix):
+        mixer = DenoiserAttention(config, layer_idx, model_config, cache_config, quant_config, prefix=f"{prefix}.mixer")
+        super().__init__(config, mixer)
+
+
+class DenoiserMLPLayer(_DenoiserLayer):
+    """The arguments are those :class:`NemotronHModel` gives its layers."""
+
+    mixes_positions = False
+
+    def __init__(self, config, layer_idx, model_config, cache_config, quant_config, parallel_config, prefix):
+        mixer = NemotronHMLP(
+            config,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            quant_config=quant_config,
+            bias=config.mlp_bias,
+            prefix=f"{prefix}.mixer",
+        )
+        super().__init__(config, mixer)
+
+
+class DenoiserMoELayer(_DenoiserLayer):
+    """The arguments are those :class:`NemotronHModel` gives its layers."""
+
+    mixes_positions = False
+
+    def __init__(self, config, layer_idx, model_config, cache_config, quant_config, parallel_config, prefix):
+        super().__init__(config, moe_mixer(config, quant_config, parallel_config, prefix=f"{prefix}.mixer"))
+
+
+class DenoiserTower(NemotronHModel):
+    """Embeddings, layers and final norm of the denoiser; construct it after the context tower it reads."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str):
+        super().__init__(
+            vllm_config=vllm_config,
+            prefix=prefix,
+            decoder_layer_types={
+                "M": DenoiserMambaLayer,
+                "*": DenoiserAttentionLayer,
+                "-": DenoiserMLPLayer,
+                "E": DenoiserMoELayer,
+            },
+        )
+
+    def forward(self, input_ids: Tensor, rows: CanvasRows, shared: Tensor, tables: nn.ParameterList) -> Tensor:
+        """Hidden states (T, H) of the canvas tokens.
+
+        Args: input_ids (T,); shared (R, 3, H), the time conditioning of each row; tables, one (3, H) a layer.
+        """
+        x = self.embed_input_ids(input_ids)
+        shared = shared[rows.row_of_token]
+        for layer, table in zip(self.layers, tables, strict=True):
+            x = layer(x, shared + table, rows)
+        return self.norm_f(x)

@@ -1,0 +1,169 @@
+"""``NemotronHTwoTowerForCausalLM``: the architecture that vLLM loads for a TwoTower checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, MambaStateShapes
+from vllm.model_executor.models.nemotron_h import NemotronHForCausalLM
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.sequence import IntermediateTensors
+
+from vllm_twotower.checkpoint import TwoTowerConfig, WeightCheck
+from vllm_twotower.config import EngineOptions
+
+from .context import context_tower
+from .denoiser import CONTEXT_PREFIX, DENOISER_PREFIX, CanvasRows, DenoiserTower
+from .time_conditioning import TimeConditioning
+
+if TYPE_CHECKING:
+    from vllm_twotower.engine.step_plan import StepPlan
+
+
+@dataclass
+class StepLogits:
+    """Logits of a step: context head (A, V) for autoregressive rows, denoiser head (T, V) for canvas tokens."""
+
+    context: Tensor | None
+    denoiser: Tensor | None
+
+
+class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
+    """Both towers, both heads and the time conditioning.
+
+    A step runs the context tower over prompt chunks and finished blocks, then the denoiser over canvases; which rows
+    these are is the :class:`~vllm_twotower.engine.step_plan.StepPlan` that the model state hands to ``forward``.
+    """
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={
+            name: f"time_conditioning.{name}" for name in ("t_embedder.", "t_block.", "scale_shift_tables.")
+        },
+        orig_to_new_substr={"A_log": "A", "embeddings": "embed_tokens"},
+        orig_to_new_stacked={f".{part}_proj": (".qkv_proj", part) for part in "qkv"},
+    )
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+
+    get_mamba_state_dtype_from_config = NemotronHForCausalLM.get_mamba_state_dtype_from_config
+    get_mamba_state_copy_func = NemotronHForCausalLM.get_mamba_state_copy_func
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> MambaStateShapes:
+        """Shapes of one request's convolution and SSM state; a canvas needs no further ones."""
+        config = vllm_config.model_config.hf_config
+        return MambaStateShapeCalculator.mamba2_state_shape(
+            intermediate_size=config.mamba_num_heads * config.mamba_head_dim,
+            tp_world_size=vllm_config.parallel_config.tensor_parallel_size,
+            n_groups=config.n_groups,
+            num_heads=config.mamba_num_heads,
+            head_dim=config.mamba_head_dim,
+            state_size=config.ssm_state_size,
+            conv_kernel=config.conv_kernel,
+            num_spec=0,
+        )
+
+    @staticmethod
+    def get_model_state_cls():
+        """The class that plans the steps; asked for by vLLM's model runner once the weights are loaded."""
+        from vllm_twotower.engine.model_state import TwoTowerModelState
+        from vllm_twotower.patches import install_worker_patches
+
+        install_worker_patches()
+        return TwoTowerModelState
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.config, quant_config = config, vllm_config.quant_config
+        self.checkpoint_config = TwoTowerConfig.from_dict(
+            {**config.to_dict(), "hybrid_override_pattern": config.hybrid_override_pattern}
+        )
+        self.options = EngineOptions.of(vllm_config.model_config)
+        self.max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.context_tower = context_tower(vllm_config, maybe_prefix(prefix, CONTEXT_PREFIX))
+        self.denoiser_tower = DenoiserTower(vllm_config, maybe_prefix(prefix, DENOISER_PREFIX))
+        self.time_conditioning = TimeConditioning(config.hidden_size, len(config.hybrid_override_pattern))
+        self.context_lm_head, self.lm_head = (
+            ParallelLMHead(config.vocab_size, config.hidden_size, quant_config=quant_config, prefix=name)
+            for name in (maybe_prefix(prefix, "context_lm_head"), maybe_prefix(prefix, "lm_head"))
+        )
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self._step_hidden: tuple[Tensor | None, Tensor | None] | None = None
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Embeddings (T, H) of the context tower."""
+        return self.context_tower.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+        plan: StepPlan | None = None,
+    ) -> Tensor:
+        """Runs the planned step and keeps the hidden states that need logits for :meth:`compute_logits`.
+
+        Without a plan, memory is being profiled: both towers run over all of ``input_ids`` (T,). Returns hidden
+        states (T, H) then, and otherwise (T, 0), since the rows that vLLM's runner would pick are not the ones here.
+        """
+        if plan is None:
+            return self._profile(input_ids, positions)
+        context_hidden = denoiser_hidden = None
+        forward_context = get_forward_context()
+        forward_context.slot_mapping = plan.slot_mapping
+        forward_context.is_padding = None
+        if plan.context is not None:
+            hidden = self.context_tower(plan.context.input_ids, plan.context.positions)
+            if plan.context.logits_indices is not None:
+                context_hidden = hidden[plan.context.logits_indices]
+        if plan.canvas is not None:
+            denoiser_hidden = self._denoise(plan.canvas.input_ids, plan.canvas.rows, plan.canvas.masked_fraction)
+        self._step_hidden = (context_hidden, denoiser_hidden)
+        return positions.new_empty((len(positions), 0))
+
+    def _denoise(self, input_ids: Tensor, rows: CanvasRows, masked_fraction: Tensor) -> Tensor:
+        conditioning = self.time_conditioning
+        return self.denoiser_tower(input_ids, rows, conditioning(masked_fraction), conditioning.scale_shift_tables)
+
+    def _profile(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        self.context_tower(input_ids, positions)
+        rows = CanvasRows.for_profiling(len(input_ids), self.options.canvas_length, input_ids.device)
+        return self._denoise(input_ids, rows, torch.ones(rows.num_rows, device=input_ids.device))
+
+    def compute_logits(self, hidden_states: Tensor) -> StepLogits:
+        """The logits of the rows that ``forward`` kept; while profiling, those of a step full of canvases."""
+        if self._step_hidden is None:
+            rows = min(len(hidden_states) * self.options.canvas_length, self.max_num_tokens)
+            return StepLogits(None, self.logits_processor(self.lm_head, hidden_states[:1].expand(rows, -1)))
+        context_hidden, denoiser_hidden = self._step_hidden
+        self._step_hidden = None
+        return StepLogits(
+            None if context_hidden is None else self.logits_processor(self.context_lm_head, context_hidden),
+            None if denoiser_hidden is None else self.logits_processor(self.lm_head, denoiser_hidden),
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Loads a checkpoint in the official key layout.
+
+        Raises :class:`~vllm_twotower.checkpoint.CheckpointError` naming a missing, unexpected or wrongly shaped tensor.
+        """
+        check = WeightCheck(self.checkpoint_config)
+
+        def checked() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                check.see(name, tensor)
+                yield name, tensor
+
+        loaded = AutoWeightsLoader(self).load_weights(checked(), mapper=self.hf_to_vllm_mapper)
+        check.finish()
+        return loaded
