@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Modules of this package, each with a tuple PATCHES. The start modules must import neither torch nor vLLM at the top.
-START_MODULES = ("model_runner_choice", "sampling_params")
+START_MODULES = ("model_runner_choice", "sampling_params", "prefix_caching_default")
 WORKER_MODULES = ("triton_placeholder", "cpu_staged_writes", "cpu_input_batch", "cpu_block_tables", "cpu_kv_zeroing")
 
 TWO_TOWER_ARCHITECTURE = "NemotronHTwoTowerForCausalLM"

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.nemotron_h import ALL_DECODER_LAYER_TYPES, NemotronHModel, NemotronHMoE
 from vllm.platforms import current_platform
-from transformers import PretrainedConfig
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionBackend, Mamba2AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from vllm.config import ParallelConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
@@ -14,7 +15,6 @@ from vllm.distributed import (
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.nemotron_h import NemotronHMLP
 from vllm.model_executor.utils import set_weight_attrs
-from transformers import PretrainedConfig
 
 
 class _Expert(nn.Module):
