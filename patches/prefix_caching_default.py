@@ -1,5 +1,6 @@
 """Prefix caching is off for TwoTower models unless somebody asks for it (upstream: vllm/config/model.py)."""
 
+import functools
 from typing import Any
 
 from vllm_twotower.patches.registry import Patch, locate, replace, serves_two_tower
@@ -13,10 +14,11 @@ def install_support() -> None:
     holder, name = locate(SUPPORT)
     upstream = vars(holder)[name].fget
 
+    @functools.wraps(upstream)
     def is_prefix_caching_supported(self: Any) -> bool:
         return not serves_two_tower(self) and upstream(self)
 
-    replace(SUPPORT, property(is_prefix_caching_supported, doc=upstream.__doc__))
+    replace(SUPPORT, property(is_prefix_caching_supported))
 
 
 PATCHES = (
@@ -24,8 +26,8 @@ PATCHES = (
         name="prefix-caching-default",
         target=SUPPORT,
         what="ModelConfig.is_prefix_caching_supported is false for TwoTower, so that the default is off.",
-        why="vLLM turns prefix caching on by default for hybrid models, and leaves no trace of whether a user asked for "
-        "it; the TwoTower engine refuses it in words, which must not hit those who did not ask.",
+        why="vLLM turns prefix caching on by default for hybrid models, and leaves no trace of whether a user asked "
+        "for it; the TwoTower engine refuses it in words, which must not hit those who did not ask.",
         upstream="not reported",
         remove_when="prefix caching works for TwoTower models, or a model class can say that it is not supported",
         applies_when=everywhere,

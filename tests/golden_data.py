@@ -44,12 +44,6 @@ def prompts(name: str) -> list[dict[str, Any]]:
     return record(name)["prompts"]
 
 
-@cache
-def logits(name: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / f"logits_{name}.npz") as arrays:
-        return dict(arrays)
-
-
 def until_eos(tokens: list[int], eos_token_id: int | None) -> tuple[int, ...]:
     """The tokens up to and with the first EOS: what a served request returns."""
     end = tokens.index(eos_token_id) + 1 if eos_token_id in tokens else len(tokens)
@@ -85,3 +79,11 @@ def diffusion_runs(name: str, kind: str = "diffusion") -> list[DiffusionRun]:
         for run in prompt.get(kind, ())
         if "block_size" in run
     ]
+
+
+def recorded_logits(name: str, run: DiffusionRun) -> dict[tuple[int, int], np.ndarray]:
+    """Full-vocabulary logits (S, V) of the passes (block, step) of a run that were recorded."""
+    with np.load(GOLDEN / f"logits_{name}.npz") as arrays:
+        key = f"len{len(run.prompt)}/B{run.block_size}S{run.steps}G{run.gamma}"
+        names = {(b, s): f"{key}/b{b}s{s}" for b, block in enumerate(run.blocks) for s in range(len(block))}
+        return {index: arrays[array] for index, array in names.items() if array in arrays}

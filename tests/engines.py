@@ -1,0 +1,159 @@
+"""Real vLLM engines inside the test process, and a record of every denoising step they make."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from golden_data import DiffusionRun
+
+# An engine in this process can be looked into.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+from vllm import LLM, RequestOutput, SamplingParams  # noqa: E402
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+
+DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 256,
+    "kv_cache_memory_bytes": 64 << 20,
+}
+
+
+@contextmanager
+def running_engine(model: Path, twotower: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:
+    """An engine on ``model``; ``options`` override ``DEFAULTS``, ``twotower`` goes to its additional config."""
+    llm = LLM(model=str(model), **{**DEFAULTS, "additional_config": {"twotower": twotower or {}}, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def core(llm: LLM) -> Any:
+    """The engine core of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core
+
+
+def runner(llm: LLM) -> Any:
+    """Its model runner."""
+    return core(llm).model_executor.driver_worker.worker.model_runner
+
+
+def diffusion_params(run: DiffusionRun, **overrides: Any) -> SamplingParams:
+    """The sampling parameters that ask for a golden run."""
+    options = {
+        "temperature": 0,
+        "max_tokens": run.max_new_tokens,
+        "ignore_eos": True,
+        "stop_token_ids": None if run.eos_token_id is None else [run.eos_token_id],
+        "extra_args": {
+            "diffusion_confidence_threshold": run.gamma,
+            "diffusion_max_steps": run.steps,
+            "diffusion_canvas_length": run.block_size,
+        },
+    }
+    return SamplingParams(**{**options, **overrides})
+
+
+def generate(llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+    """All requests at once."""
+    return llm.generate([{"prompt_token_ids": list(p)} for p in prompts], list(params), use_tqdm=False)
+
+
+def tokens_of(outputs: Sequence[RequestOutput]) -> list[tuple[int, ...]]:
+    return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+
+def run_all(llm: LLM, runs: Sequence[DiffusionRun]) -> list[tuple[int, ...]]:
+    """The tokens of golden runs, submitted all at once."""
+    return tokens_of(generate(llm, [run.prompt for run in runs], [diffusion_params(run) for run in runs]))
+
+
+def assert_idle(llm: LLM) -> None:
+    """Nothing is left of finished requests: no request, no slot, no page."""
+    scheduler = core(llm).scheduler
+    assert not scheduler.has_unfinished_requests()
+    assert scheduler.kv_cache_manager.usage == 0
+
+
+@dataclass
+class Step:
+    """One denoising step of one request, as the engine made it."""
+
+    t: float
+    canvas_in: tuple[int, ...]
+    canvas_out: tuple[int, ...]
+    logits: torch.Tensor
+
+
+@dataclass
+class Trace:
+    """Denoising steps by request id, in order; ``partial`` counts canvases that were scheduled but not whole."""
+
+    steps: dict[str, list[Step]] = field(default_factory=lambda: defaultdict(list))
+    partial: int = 0
+
+    def of(self, output: RequestOutput) -> list[Step]:
+        """The steps of a request; vLLM appends to the ids it gives requests inside the engine."""
+        found = [steps for name, steps in self.steps.items() if name.split("-")[0] == output.request_id]
+        assert len(found) == 1
+        return found[0]
+
+
+@contextmanager
+def traced(llm: LLM) -> Iterator[Trace]:
+    """Records every denoising step while the block runs."""
+    trace, sampler, req_states = Trace(), runner(llm).sampler, runner(llm).req_states
+    denoise, call = sampler._denoise, type(sampler).__call__
+
+    def record(plan, slots, logits, sampled, num_sampled):
+        table, canvas = sampler._table, plan.canvas
+        before, t, raw = table.canvas[canvas.slots].clone(), canvas.masked_fraction.tolist(), logits.float().clone()
+        denoise(plan, slots, logits, sampled, num_sampled)
+        after, pending = table.canvas[canvas.slots], table.pending_tokens[canvas.slots]
+        lengths = plan.split.canvas.lengths.tolist()
+        for i, (slot, length, part) in enumerate(zip(canvas.slots.tolist(), lengths, raw.split(lengths), strict=True)):
+            converged = bool((after[i, :length] == table.engine.mask_token_id).all())
+            out = (pending if converged else after)[i, :length].tolist()
+            step = Step(t[i], tuple(before[i, :length].tolist()), tuple(out), part)
+            trace.steps[req_states.index_to_req_id[slot]].append(step)
+
+    def count(logits, input_batch):
+        split = runner(llm).model_state._plan.split
+        busy = set(split.context.batch_rows) | set(split.canvas.batch_rows)
+        trace.partial += len(set(range(input_batch.num_reqs)) - busy)
+        return call(sampler, logits, input_batch)
+
+    runner(llm).sampler = _Spied(sampler, count)
+    sampler._denoise = record
+    try:
+        yield trace
+    finally:
+        del sampler._denoise
+        runner(llm).sampler = sampler
+
+
+class _Spied:
+    """A sampler whose call is watched; everything else is the sampler's own."""
+
+    def __init__(self, sampler: Any, call: Any):
+        self._sampler, self._call = sampler, call
+
+    def __call__(self, logits: Any, input_batch: Any) -> Any:
+        return self._call(logits, input_batch)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
