@@ -1,0 +1,100 @@
+"""Engine options that cannot be served are refused before anything is loaded, naming the option and its value."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import engines
+import golden_data
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from vllm import EngineArgs
+
+CHECKPOINT = str(golden_data.checkpoint("A"))
+
+
+def config(**options: Any):
+    """vLLM's configuration, as both ``LLM`` and ``vllm serve`` build it."""
+    return EngineArgs(model=CHECKPOINT, dtype="float32", max_num_seqs=4, **options).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"attention_backend": "FLASHINFER"}, ("attention_config.backend", "FLASHINFER", "FLASH_ATTN")),
+        ({"pipeline_parallel_size": 2}, ("pipeline_parallel_size=2", "tensor parallelism")),
+        ({"enable_prefix_caching": True}, ("enable_prefix_caching=True", "lazy")),
+        (
+            {"enable_prefix_caching": True, "additional_config": {"twotower": {"commit": "separate"}}},
+            ("enable_prefix_caching=True", "Mamba"),
+        ),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            ("kv_connector='ExampleConnector'", "lazy"),
+        ),
+        ({"enable_lora": True}, ("enable_lora", "LoRA")),
+        ({"async_scheduling": True}, ("async_scheduling=True",)),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            ("speculative_config='ngram'",),
+        ),
+        ({"additional_config": {"twotower": {"commit": "x"}}}, ("commit='x'", "lazy", "separate")),
+        ({"additional_config": {"twotower": {"confidence_threshold": 0}}}, ("confidence_threshold=0",)),
+        ({"additional_config": {"twotower": {"threshold": 0.5}}}, ("'threshold'", "confidence_threshold")),
+        ({"diffusion_config": {"canvas_length": 16, "max_denoising_steps": 0}}, ("max_denoising_steps=0",)),
+        (
+            {"long_prefill_token_threshold": 8},
+            ("long_prefill_token_threshold=8", "16"),
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_refused_to_start(options: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as error:
+        config(**options)
+    missing = [word for word in words if word not in str(error.value)]
+    assert not missing, f"{missing} not in {error.value}"
+
+
+def test_model_runner_v1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        config()
+
+
+def test_defaults_start() -> None:
+    made = config()
+    assert made.cache_config.enable_prefix_caching is False
+    assert made.diffusion_config.canvas_length == 16
+    assert made.use_v2_model_runner
+
+
+def test_diffusion_config_sets_the_canvas() -> None:
+    made = config(diffusion_config={"canvas_length": 8, "max_denoising_steps": 4})
+    assert made.model_config.hf_config.twotower["canvas_length"] == 8
+    assert made.model_config.hf_config.twotower["max_denoising_steps"] == 4
+    assert made.num_speculative_tokens == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("lm_head.weight"), r"missing .*lm_head\.weight \[320, 64\]"),
+        (lambda tensors: tensors.update(spare=torch.zeros(1)), r"unexpected tensor spare \[1\]"),
+        (
+            lambda tensors: tensors.update({"scale_shift_tables.0": torch.zeros(2, 64)}),
+            r"scale_shift_tables\.0 has shape \[2, 64\].*\[3, 64\]",
+        ),
+    ],
+    ids=["missing", "unexpected", "shape"],
+)
+def test_the_engine_names_a_wrong_tensor(tmp_path: Path, change, message: str) -> None:
+    shutil.copytree(CHECKPOINT, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=message), engines.running_engine(tmp_path):
+        pass
