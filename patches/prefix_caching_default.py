@@ -32,7 +32,9 @@ PATCHES = (
         remove_when="prefix caching works for TwoTower models, or a model class can say that it is not supported",
         applies_when=everywhere,
         sources=(SUPPORT, "vllm.engine.arg_utils:EngineArgs._set_default_chunked_prefill_and_prefix_caching_args"),
-        source_sha256={"0.32.0": "00bdee015e1b918da1f224c7e442e24641653a900bb225e001d299aa1f8cb8f9"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "00bdee015e1b918da1f224c7e442e24641653a900bb225e001d299aa1f8cb8f9"
+        ),
         install=install_support,
     ),
 )

@@ -40,7 +40,9 @@ PATCHES = (
         remove_when="vLLM lets a diffusion model say which sampling parameters it supports",
         applies_when=everywhere,
         sources=(VALIDATION, "vllm.sampling_params:SamplingParams.verify"),
-        source_sha256={"0.32.0": "dc2861cc0a3a6bd5ca7db84c05c2394eec1b91d05d733643059dd4920fa548d0"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "dc2861cc0a3a6bd5ca7db84c05c2394eec1b91d05d733643059dd4920fa548d0"
+        ),
         install=install_validation,
     ),
 )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINTS = ("A", "B", "C")
@@ -33,6 +37,15 @@ class DiffusionRun:
 
 def checkpoint(name: str) -> Path:
     return GOLDEN / f"ckpt_{name}"
+
+
+def changed_checkpoint(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of checkpoint A at ``folder`` whose tensors ``change`` has changed in place."""
+    shutil.copytree(checkpoint("A"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @cache

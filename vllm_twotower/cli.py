@@ -1,15 +1,30 @@
-"""The ``vllm-twotower`` command."""
+"""The ``vllm-twotower`` command; serving is ``vllm serve`` itself."""
+
+from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
-from vllm_twotower import __version__
+from vllm_twotower import __version__, demo
+from vllm_twotower.training import cli as training
+
+COMMANDS = {
+    "demo": ("generate with the tiny model, by mask diffusion and token by token", demo),
+    "train": ("train a TwoTower from a YAML file", training),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one sub-command; each is a module with ``add_arguments(parser)`` and ``run(args)``."""
     parser = argparse.ArgumentParser(prog="vllm-twotower", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
-    parser.parse_args(argv)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, (help_text, module) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import engines
 import golden_data
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from vllm import EngineArgs
 
 CHECKPOINT = str(golden_data.checkpoint("A"))
@@ -92,9 +90,6 @@ def test_diffusion_config_sets_the_canvas() -> None:
     ids=["missing", "unexpected", "shape"],
 )
 def test_the_engine_names_a_wrong_tensor(tmp_path: Path, change, message: str) -> None:
-    shutil.copytree(CHECKPOINT, tmp_path, dirs_exist_ok=True)
-    tensors = load_file(tmp_path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=message), engines.running_engine(tmp_path):
+    folder = golden_data.changed_checkpoint(tmp_path / "changed", change)
+    with pytest.raises(ValueError, match=message), engines.running_engine(folder):
         pass

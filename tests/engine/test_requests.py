@@ -134,3 +134,16 @@ def test_a_refused_request_leaves_the_engine_working(llm: LLM, name: str, overri
     with pytest.raises(VLLMValidationError, match=name):
         one(llm, **overrides)
     assert run_all(llm, [RUN]) == [RUN.tokens]
+
+
+def test_extreme_values_are_harmless(llm: LLM) -> None:
+    """Values that vLLM admits but that do not fit a tensor or the vocabulary as they are."""
+    for overrides in (
+        {"seed": 2**63 - 1},
+        {"seed": -(2**63)},
+        {"seed": 2**70},
+        {"top_k": 10**12},
+        {"temperature": 2.0},
+    ):
+        assert len(one(llm, **{"temperature": 0.5, **overrides}).token_ids) == RUN.max_new_tokens
+    assert run_all(llm, [RUN]) == [RUN.tokens]

@@ -70,8 +70,8 @@ def test_rows_do_not_depend_on_each_other() -> None:
     step, options = torch.arange(9), row_options(9, confidence_threshold=[0.1 * i + 0.1 for i in range(9)])
     together = confidence_unmasking(confidence, masked, step, options)
     for i in range(9):
-        one = RowOptions(**{name: values[i : i + 1] for name, values in vars(options).items()})
-        alone = confidence_unmasking(confidence[i : i + 1], masked[i : i + 1], step[i : i + 1], one)
+        row = torch.tensor([i])
+        alone = confidence_unmasking(confidence[row], masked[row], step[row], options.rows(row))
         assert torch.equal(alone[0], together[i])
 
 

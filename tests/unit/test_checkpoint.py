@@ -11,7 +11,7 @@ from pathlib import Path
 import golden_data
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from vllm_twotower.checkpoint import CheckpointError, TwoTowerConfig, WeightCheck, read_tensors, tensor_shapes
 from vllm_twotower.reference import TwoTowerModel
@@ -102,15 +102,6 @@ def test_every_tensor_of_the_released_model_has_a_place(released_vllm_config) ->
     assert sum(p.numel() for p in model.parameters()) == sum(map(prod, shapes.values()))
 
 
-def rewrite(folder: Path, change) -> Path:
-    """A copy of checkpoint A in ``folder`` with its tensors changed in place by ``change``."""
-    shutil.copytree(golden_data.checkpoint("A"), folder, dirs_exist_ok=True)
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -125,7 +116,7 @@ def rewrite(folder: Path, change) -> Path:
 )
 def test_a_wrong_tensor_is_named(tmp_path: Path, change, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        TwoTowerModel.from_pretrained(rewrite(tmp_path, change))
+        TwoTowerModel.from_pretrained(golden_data.changed_checkpoint(tmp_path / "changed", change))
 
 
 def test_many_missing_tensors_are_counted() -> None:

@@ -62,6 +62,11 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _logical_shift(x, 31)
 
 
+def suppress_mask_token(logits: Tensor, mask_token_id: int) -> None:
+    """Makes the mask token impossible to predict, in place, in logits (T, V)."""
+    logits[:, mask_token_id] = MASKED_LOGIT
+
+
 def predict(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The arg max (T,) of logits (T, V) and its probability (T,) in fp32."""
     best, prediction = logits.max(-1)

@@ -24,6 +24,10 @@ class RowOptions:
     min_p: torch.Tensor
     seed: torch.Tensor
 
+    def rows(self, index: torch.Tensor) -> RowOptions:
+        """The options of some rows, in the order of ``index``."""
+        return RowOptions(**{name: column[index] for name, column in vars(self).items()})
+
 
 class RequestTable:
     """Per-request state, a row for each slot that vLLM's ``RequestState`` hands out.
@@ -45,7 +49,7 @@ class RequestTable:
         self.canvas = torch.full(shape, engine.mask_token_id, dtype=torch.int64, device=device)
         self.pending_tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self.step = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
-        self._options = RowOptions(
+        self.options = RowOptions(
             max_steps=torch.ones(max_num_reqs, dtype=torch.int64, device=device),
             confidence_threshold=torch.ones(max_num_reqs, dtype=torch.float32, device=device),
             temperature=torch.zeros(max_num_reqs, dtype=torch.float32, device=device),
@@ -72,14 +76,10 @@ class RequestTable:
             max_steps=options.max_steps,
             confidence_threshold=options.confidence_threshold,
             temperature=params.temperature,
-            top_k=params.top_k if params.top_k > 0 else self.vocab_size,
+            top_k=min(params.top_k, self.vocab_size) if params.top_k > 0 else self.vocab_size,
             top_p=params.top_p,
             min_p=params.min_p,
-            seed=zlib.crc32(request_id.encode()) if params.seed is None else params.seed,
+            seed=zlib.crc32(request_id.encode()) if params.seed is None else params.seed % 2**63,
         )
-        for name, column in vars(self._options).items():
+        for name, column in vars(self.options).items():
             column[slot] = getattr(values, name)
-
-    def options(self, slots: torch.Tensor) -> RowOptions:
-        """The options of the requests in ``slots`` (R,)."""
-        return RowOptions(**{name: column[slots] for name, column in vars(self._options).items()})

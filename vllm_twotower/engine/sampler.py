@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_twotower.model.two_tower import StepLogits
 
-from .block_sampler import STRATEGIES, draw, predict, probability, uniform
+from .block_sampler import STRATEGIES, draw, predict, probability, suppress_mask_token, uniform
 from .request_table import RequestTable, RowOptions
 from .step_plan import CanvasInputs, StepPlan
 
@@ -85,7 +85,7 @@ class TwoTowerSampler:
         tokens = logits.argmax(-1)
         hot = table.is_random[ar_slots]
         if hot.any():
-            self._draw(tokens, logits, hot, table.options(device_slots), position, torch.zeros_like(position), 0)
+            self._draw(tokens, logits, hot, table.options.rows(device_slots), position, torch.zeros_like(position), 0)
         table.pending_tokens[device_slots, 0] = tokens
         table.pending[ar_slots] = 1
 
@@ -100,7 +100,7 @@ class TwoTowerSampler:
         """One denoising step of all canvas rows from logits (T, V); converged blocks become pending."""
         table, canvas_rows = self._table, plan.canvas
         engine, canvas = table.engine, table.canvas[canvas_rows.slots]
-        options, step = table.options(canvas_rows.slots), table.step[canvas_rows.slots]
+        options, step = table.options.rows(canvas_rows.slots), table.step[canvas_rows.slots]
         host_slots = slots[plan.split.canvas.batch_rows]
         masked = (canvas == engine.mask_token_id) & canvas_rows.valid
         prediction, confidence = self._predict(plan, host_slots, logits.float(), options, step)
@@ -114,7 +114,7 @@ class TwoTowerSampler:
         table.pending_tokens[canvas_rows.slots] = torch.where(converged[:, None], canvas, pending)
         if engine.commit == "lazy":
             sampled[canvas_rows.batch_rows] = canvas
-            num_sampled[canvas_rows.batch_rows] = (canvas_rows.valid.sum(1) * converged).int()
+            num_sampled[canvas_rows.batch_rows] = (canvas_rows.lengths * converged).int()
         # The next step's rows depend on which blocks converged; the runner reads the step's outcome here anyway.
         done = converged.cpu().numpy()
         table.pending[host_slots[done]] = plan.split.canvas.lengths[done]
@@ -137,8 +137,7 @@ class TwoTowerSampler:
             hot = np.repeat(hot_rows, rows.lengths)
             of_row = canvas.rows.row_of_token
             column = async_tensor_h2d(rows.spread(np.zeros(len(rows), dtype=np.int64)), device=logits.device)
-            token_options = RowOptions(**{name: values[of_row] for name, values in vars(options).items()})
-            drawn = self._draw(tokens, logits, hot, token_options, canvas.starts[of_row], step[of_row], column)
+            drawn = self._draw(tokens, logits, hot, options.rows(of_row), canvas.starts[of_row], step[of_row], column)
             confidences[drawn] = probability(logits[drawn], tokens[drawn])
         return _unpack(tokens, canvas), _unpack(confidences, canvas)
 
@@ -159,18 +158,10 @@ class TwoTowerSampler:
         rows = async_tensor_h2d(np.flatnonzero(hot), device=logits.device)
         column = torch.as_tensor(column, device=logits.device).expand(len(tokens))
         number = uniform(options.seed[rows], position[rows], step[rows], column[rows])
-        hot_options = RowOptions(**{name: values[rows] for name, values in vars(options).items()})
-        tokens[rows] = draw(logits[rows], hot_options, number)
+        tokens[rows] = draw(logits[rows], options.rows(rows), number)
         return rows
-
-
-def suppress_mask_token(logits: torch.Tensor, mask_token_id: int) -> None:
-    """Makes the mask token impossible to predict, in place."""
-    from .block_sampler import MASKED_LOGIT
-
-    logits[:, mask_token_id] = MASKED_LOGIT
 
 
 def _unpack(values: torch.Tensor, canvas: CanvasInputs) -> torch.Tensor:
     """(T,) of packed canvas tokens -> (R, S), zero where a row is shorter."""
-    return values.new_zeros(canvas.valid.shape).masked_scatter_(canvas.valid, values)
+    return values.new_zeros(canvas.valid.numel()).index_copy_(0, canvas.places, values).view(canvas.valid.shape)

@@ -126,8 +126,9 @@ class ContextInputs:
 class CanvasInputs:
     """The denoiser's tokens (T,), how they lie in rows, and what the sampler needs of the rows.
 
-    ``slots``, ``batch_rows``, ``starts`` (the canvas's first position) and ``masked_fraction`` are (R,); ``valid``
-    (R, S) are the positions that exist.
+    ``slots``, ``batch_rows``, ``starts`` (the canvas's first position), ``lengths`` and ``masked_fraction`` are (R,);
+    ``places`` (T,) is where each token lies in the R canvases of the served length S, flattened; ``valid`` (R, S) are
+    the positions that exist.
     """
 
     input_ids: torch.Tensor
@@ -135,6 +136,8 @@ class CanvasInputs:
     slots: torch.Tensor
     batch_rows: torch.Tensor
     starts: torch.Tensor
+    lengths: torch.Tensor
+    places: torch.Tensor
     valid: torch.Tensor
     masked_fraction: torch.Tensor
 
@@ -176,11 +179,12 @@ def canvas_inputs(
     valid = torch.arange(served, device=device) < lengths[:, None]
     canvas = table.canvas[device_slots]
     masked = ((canvas == table.engine.mask_token_id) & valid).sum(1)
+    places = async_tensor_h2d(rows.spread(np.arange(len(rows)) * served), device=device)
     ragged = bool((rows.lengths != width).any())
     firsts = rows.query_start_loc[:-1]
     token_of_position = np.minimum(firsts[:, None] + np.arange(width), rows.query_start_loc[1:, None] - 1).ravel()
     return CanvasInputs(
-        input_ids=canvas[valid],
+        input_ids=canvas.view(-1)[places],
         rows=CanvasRows(
             num_rows=len(rows),
             width=width,
@@ -194,6 +198,8 @@ def canvas_inputs(
         slots=device_slots,
         batch_rows=async_tensor_h2d(rows.batch_rows, device=device),
         starts=async_tensor_h2d(rows.starts, device=device),
+        lengths=lengths,
+        places=places,
         valid=valid,
         masked_fraction=masked / lengths,
     )

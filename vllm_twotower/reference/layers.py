@@ -30,7 +30,7 @@ class AttentionState:
 
 @dataclass
 class MambaState:
-    """``conv`` (B, conv_dim, conv_kernel - 1): the last inputs of the convolution; ``ssm`` (B, n, p, s) in fp32."""
+    """``conv`` (B, conv_kernel - 1, conv_dim): the last inputs of the convolution; ``ssm`` (B, n, p, s) in fp32."""
 
     conv: Tensor
     ssm: Tensor
@@ -190,7 +190,7 @@ class ScanTrace:
 
 
 def ssd_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, initial: Tensor) -> tuple[Tensor, ScanTrace]:
-    """The selective state-space recurrence ``h = exp(dt A) h + dt B x; y = C h`` in chunks (arXiv 2405.21060, section 6).
+    """The selective scan ``h = exp(dt A) h + dt B x; y = C h`` in chunks (arXiv 2405.21060, section 6).
 
     Args: x (B, L, n, p), dt (B, L, n), a (n,), b and c (B, L, n, s), initial (B, n, p, s); all fp32.
     Returns y (B, L, n, p) and the trace of the states.
@@ -224,7 +224,7 @@ def ssd_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, initial: Te
 
 @dataclass
 class MambaTrace:
-    """The convolution's inputs with their past (B, conv_dim, k - 1 + L), and the trace of the scan."""
+    """The convolution's inputs with their past (B, k - 1 + L, conv_dim), and the trace of the scan."""
 
     conv_inputs: Tensor
     scan: ScanTrace
@@ -232,8 +232,8 @@ class MambaTrace:
     def state_before(self, positions: Tensor, history: int) -> MambaState:
         """The state before ``positions`` (B, N), as one of batch B * N."""
         window = positions[..., None] + torch.arange(history, device=positions.device)  # (B, N, k - 1)
-        inputs = self.conv_inputs.unsqueeze(1).expand(-1, positions.shape[1], -1, -1)
-        conv = inputs.gather(3, window.unsqueeze(2).expand(-1, -1, inputs.shape[2], -1))
+        batch = torch.arange(len(positions), device=positions.device)[:, None, None]
+        conv = self.conv_inputs[batch, window]  # (B, N, k - 1, conv_dim)
         return MambaState(conv.flatten(0, 1), self.scan.state_before(positions).flatten(0, 1))
 
 
@@ -258,7 +258,7 @@ class Mamba2(nn.Module):
         weight = self.in_proj.weight
         inner, conv_dim, heads = self.splits
         return MambaState(
-            weight.new_zeros(batch, conv_dim, self.history),
+            weight.new_zeros(batch, self.history, conv_dim),
             weight.new_zeros(batch, heads, inner // heads, self.state_size, dtype=torch.float32),
         )
 
@@ -266,8 +266,8 @@ class Mamba2(nn.Module):
         """x (B, L, H) -> output (B, L, H) and the trace from which the state at any position can be had."""
         past = past or self.initial_state(len(x))
         gate, xbc, dt = self.in_proj(x).split(self.splits, -1)
-        conv_inputs = torch.cat((past.conv.to(xbc.dtype), xbc.transpose(1, 2)), -1)
-        xbc = F.silu(self.conv1d(conv_inputs)).transpose(1, 2).float()
+        conv_inputs = torch.cat((past.conv.to(xbc.dtype), xbc), 1)
+        xbc = F.silu(self._convolve(conv_inputs, x.shape[1])).float()
         groups = self.groups * self.state_size
         values, b, c = xbc.split((self.splits[0], groups, groups), -1)
         values = values.unflatten(-1, (self.heads, -1))
@@ -279,9 +279,18 @@ class Mamba2(nn.Module):
         y = (y + values * self.D.float()[:, None]).flatten(-2).to(x.dtype)
         return self.out_proj(self.norm(y, gate)), MambaTrace(conv_inputs, scan)
 
+    def _convolve(self, inputs: Tensor, length: int) -> Tensor:
+        """Causal depthwise convolution, (B, k - 1 + L, conv_dim) -> (B, L, conv_dim), as a sum over taps.
+
+        On CPUs this trains several times faster than a grouped convolution.
+        """
+        taps = self.conv1d.weight.squeeze(1).unbind(1)
+        out = sum(inputs[:, k : k + length] * tap for k, tap in enumerate(taps))
+        return out if self.conv1d.bias is None else out + self.conv1d.bias
+
     def state_after(self, trace: MambaTrace) -> MambaState:
         """The state after the last position of a forward pass."""
-        return MambaState(trace.conv_inputs[..., -self.history :], trace.scan.boundaries[:, -1])
+        return MambaState(trace.conv_inputs[:, -self.history :], trace.scan.boundaries[:, -1])
 
 
 class TimestepEmbedder(nn.Module):

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would compete with PyTorch's threads
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizer threads would compete with PyTorch's
     import torch
 
     from vllm_twotower.training.config import load_config

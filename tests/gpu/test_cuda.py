@@ -1,0 +1,50 @@
+"""The goldens on a GPU in fp32, and a run in bf16; skipped where there is no CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import golden_data
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_tf32() -> Iterator[None]:
+    """TF32 would round the goldens' decisions differently."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("commit", ["lazy", "separate"])
+@pytest.mark.parametrize("name", golden_data.CHECKPOINTS)
+def test_goldens_in_fp32(name: str, commit: str) -> None:
+    from engines import assert_idle, generate, run_all, running_engine, tokens_of
+    from vllm import SamplingParams
+
+    runs = golden_data.diffusion_runs(name) + golden_data.diffusion_runs(name, "eos_runs")
+    prompts = golden_data.prompts(name)
+    ar = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args={"diffusion_mode": "ar"})
+    with running_engine(golden_data.checkpoint(name), {"commit": commit}) as llm:
+        assert run_all(llm, runs) == [run.tokens for run in runs]
+        assert run_all(llm, runs[::5]) == [run.tokens for run in runs[::5]]
+        outputs = generate(llm, [prompt["ids"] for prompt in prompts], [ar] * len(prompts))
+        assert tokens_of(outputs) == [tuple(prompt["ar"]["new_ids"]) for prompt in prompts]
+        assert_idle(llm)
+
+
+@pytest.mark.parametrize("name", golden_data.CHECKPOINTS)
+def test_bf16_runs(name: str) -> None:
+    """Rounding changes tokens, so only what must hold anyway: lengths, ids in the vocabulary, no mask token."""
+    from engines import assert_idle, run_all, running_engine
+
+    runs = golden_data.diffusion_runs(name)
+    with running_engine(golden_data.checkpoint(name), dtype="bfloat16") as llm:
+        for run, tokens in zip(runs, run_all(llm, runs), strict=True):
+            assert len(tokens) == run.max_new_tokens
+            assert all(0 <= token < 320 and token != run.mask_token_id for token in tokens)
+        assert_idle(llm)

@@ -1,0 +1,56 @@
+"""The denoiser's Mamba kernels against a token-by-token recurrence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vllm_twotower.kernels.seeded_mamba import seeded_conv, seeded_scan
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("positions", "groups"), [(1, 1), (8, 1), (16, 2), (16, 8)])
+def test_scan_equals_the_recurrence(device: str, positions: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(positions + groups)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    rows, heads, channels, state_size = 5, 8, 4, 6
+    x, seed = rand(rows, positions, heads, channels), rand(rows, heads, channels, state_size)
+    b, c = rand(rows, positions, groups, state_size), rand(rows, positions, groups, state_size)
+    dt, a, d = F.softplus(rand(rows, positions, heads)), -rand(heads).exp(), rand(heads)
+    y = seeded_scan(x, dt, a, b, c, d, seed.clone())
+
+    state = seed.clone()
+    for i in range(positions):
+        b_i, c_i = (part[:, i].repeat_interleave(heads // groups, 1) for part in (b, c))
+        decay = (dt[:, i] * a).exp()[..., None, None]
+        state = decay * state + torch.einsum("rn,rnp,rns->rnps", dt[:, i], x[:, i], b_i)
+        expected = torch.einsum("rnps,rns->rnp", state, c_i) + d[:, None] * x[:, i]
+        torch.testing.assert_close(y[:, i], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strong_decay_does_not_overflow(device: str) -> None:
+    """Decays far beyond what exp can hold in one factor, as a long canvas of strongly forgetting heads has."""
+    x = torch.ones(1, 16, 1, 1, device=device)
+    dt, a = torch.full((1, 16, 1), 20.0, device=device), torch.tensor([-30.0], device=device)
+    one = torch.ones(1, 16, 1, 1, device=device)
+    y = seeded_scan(x, dt, a, one, one, torch.zeros(1, device=device), torch.full((1, 1, 1, 1), 1e3, device=device))
+    torch.testing.assert_close(y, torch.full_like(y, 20.0))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolution_equals_torch(device: str, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, seed, weight, offset = (
+        torch.randn(*shape, generator=generator).to(device) for shape in ((3, 16, 10), (3, 3, 10), (10, 4), (10,))
+    )
+    inputs = torch.cat((seed, x), 1).transpose(1, 2)
+    expected = F.silu(F.conv1d(inputs, weight[:, None], offset if bias else None, groups=10)).transpose(1, 2)
+    torch.testing.assert_close(seeded_conv(x, seed, weight, offset if bias else None), expected, atol=1e-5, rtol=1e-5)
