@@ -15,6 +15,10 @@ MODEL ?= models/tiny-twotower
 CONFIG ?= configs/tiny-cpu.yaml
 # `vllm` must find the `vllm-twotower` beside it, and compilers the venv's tools.
 RUN := PATH="$(abspath $(BIN)):$$PATH"
+# A tiny model is fastest on one thread; vLLM would take all cores but one, and bind to them. For a larger model:
+# make serve THREADS=8 MODEL=... CONFIG=...
+THREADS ?= 1
+THREADING := OMP_NUM_THREADS=$(THREADS) VLLM_CPU_OMP_THREADS_BIND=nobind
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test lint format lock clean
@@ -48,8 +52,8 @@ $(STAMP): $(LOCK) pyproject.toml packaging/vllm-alias/pyproject.toml
 demo: setup  ## generate with the tiny model, AR against diffusion
 	$(RUN) vllm-twotower demo
 
-serve: setup  ## serve the tiny model over HTTP (MODEL=, CONFIG=)
-	$(RUN) vllm serve $(MODEL) --config $(CONFIG)
+serve: setup  ## serve the tiny model over HTTP (MODEL=, CONFIG=, THREADS=)
+	$(RUN) $(THREADING) vllm serve $(MODEL) --config $(CONFIG)
 
 test: setup  ## run the tests, unit tests first (ARGS="-k name")
 	$(RUN) python -m pytest tests/unit tests $(ARGS)

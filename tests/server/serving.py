@@ -1,0 +1,167 @@
+"""A real `vllm serve` process: started, watched, asked, stopped with everything it started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+from prometheus_client.parser import text_string_to_metric_families
+
+REPOSITORY = Path(__file__).parents[2]
+START_SECONDS = 300
+REQUEST_SECONDS = 120
+LOG_TAIL = 60
+
+
+def server_environment() -> dict[str, str]:
+    """This process's environment without what other tests set for engines of their own; loopback, one thread."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    return inherited | {
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def vllm_serve(model: str | Path, *options: str) -> list[str]:
+    """The command line of `vllm serve`, as a user types it."""
+    return [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *options]
+
+
+def wait_until(holds: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    """Polls until ``holds()``; fails after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"after {seconds:g} s still not: {what}"
+        time.sleep(0.05)
+
+
+@dataclass
+class Server:
+    """A running server, which calls its model ``model``."""
+
+    process: subprocess.Popen
+    port: int
+    log: Path
+    model: str = "served"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @cached_property
+    def openai(self) -> openai.OpenAI:
+        """OpenAI's client; it does not try again, so that every failure shows."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=REQUEST_SECONDS)
+
+    def async_openai(self) -> openai.AsyncOpenAI:
+        """OpenAI's client for one event loop."""
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=REQUEST_SECONDS)
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        """A plain POST of a JSON body."""
+        return httpx.post(self.url + path, json={"model": self.model, **body}, timeout=REQUEST_SECONDS)
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def metrics(self) -> dict[str, float]:
+        """The samples of `/metrics` by name, summed over their labels."""
+        totals: dict[str, float] = {}
+        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics", timeout=REQUEST_SECONDS).text):
+            for sample in family.samples:
+                totals[sample.name] = totals.get(sample.name, 0) + sample.value
+        return totals
+
+    def answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def stop(self) -> int:
+        """Asks the server to stop as Ctrl-C does, then ends whatever is left of its process group; its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(timeout=60)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running_server(model: str | Path, log: Path, *options: str, name: str = "served") -> Iterator[Server]:
+    """`vllm serve` on a free port of 127.0.0.1, ready for requests; its output goes to ``log``."""
+    port = free_port()
+    command = vllm_serve(model, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", name, *options)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=REPOSITORY,
+            env=server_environment(),
+            start_new_session=True,
+        )
+    server = Server(process, port, log, name)
+    try:
+        wait_until(lambda: process.poll() is not None or server.answers(), "server answers", START_SECONDS)
+        assert process.poll() is None, f"exit status {process.returncode}"
+        yield server
+    except AssertionError as error:
+        tail = "\n".join(server.log_text().splitlines()[-LOG_TAIL:])
+        error.add_note(f"{' '.join(command)}\n{log}, the last lines:\n{tail}")
+        raise
+    finally:
+        server.stop()
+
+
+def refused_start(model: str | Path, log: Path, *options: str) -> tuple[int, str]:
+    """Exit status and output of a `vllm serve` that must not come up."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            vllm_serve(model, "--host", "127.0.0.1", "--port", str(free_port()), *options),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=REPOSITORY,
+            env=server_environment(),
+            start_new_session=True,
+        )
+    server = Server(process, 0, log)
+    try:
+        process.wait(timeout=START_SECONDS)
+    finally:
+        status = server.stop()
+    return status, server.log_text()
+
+
+def token_request(prompt: Sequence[int], max_tokens: int, **options: Any) -> dict[str, Any]:
+    """Arguments of ``completions.create`` for a greedy request in token ids; ``options`` are `diffusion_*` options."""
+    return {
+        "prompt": list(prompt),
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True, "return_token_ids": True, "vllm_xargs": options},
+    }

@@ -1,0 +1,140 @@
+"""What a server cannot honour is refused with HTTP 400, in words; it is never ignored, and never an error 500."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import golden_data
+import openai
+import pytest
+from serving import Server, token_request
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}}}
+
+BAD_OPTIONS = [
+    ("diffusion_confidence_threshold", 0),
+    ("diffusion_confidence_threshold", -0.5),
+    ("diffusion_confidence_threshold", 1.5),
+    ("diffusion_confidence_threshold", "x"),
+    ("diffusion_canvas_length", 0),
+    ("diffusion_canvas_length", 17),
+    ("diffusion_canvas_length", 1.5),
+    ("diffusion_canvas_length", "4"),
+    ("diffusion_max_steps", 0),
+    ("diffusion_max_steps", 17),
+    ("diffusion_max_steps", 2.5),
+    ("diffusion_strategy", "unheard_of"),
+    ("diffusion_mode", "unheard_of"),
+    ("diffusion_mode", ["ar"]),
+    ("diffusion_foo", 1),
+    ("foo", 1),
+]
+
+# Request field, its value, and how the message names them.
+BAD_FIELDS = [
+    ("temperature", -1, ("temperature", "-1")),
+    ("temperature", "hot", ("temperature", "number")),
+    ("top_p", 0, ("top_p", "0")),
+    ("top_k", -2, ("top_k", "-2")),
+    ("min_p", 2, ("min_p", "2")),
+    ("max_tokens", 0, ("max_tokens", "0")),
+    ("n", 2, ("n must be 1", "2")),
+    ("logprobs", 0, ("logprobs", "0")),
+    ("logprobs", 3, ("logprobs", "3")),
+    ("prompt_logprobs", 2, ("prompt_logprobs", "2")),
+    ("logit_bias", {"5": 1}, ("logit_bias", "{5: 1.0}")),
+    ("presence_penalty", 0.5, ("presence_penalty", "0.5")),
+    ("frequency_penalty", 0.5, ("frequency_penalty", "0.5")),
+    ("repetition_penalty", 1.5, ("repetition_penalty", "1.5")),
+    ("min_tokens", 3, ("min_tokens", "3")),
+    ("bad_words", ["a"], ("bad_words", "['a']")),
+    ("allowed_token_ids", [5], ("allowed_token_ids", "[5]")),
+    ("stop_token_ids", [99999], ("stop_token_ids", "99999")),
+    ("thinking_token_budget", 3, ("thinking_token_budget", "3")),
+    ("kv_transfer_params", {"a": 1}, ("kv_transfer_params", "{'a': 1}")),
+    ("response_format", SCHEMA, ("structured_outputs", "{'type': 'object'}")),
+    ("response_format", {"type": "json_object"}, ("structured_outputs", "json_object=True")),
+    ("structured_outputs", {"regex": "a+"}, ("structured_outputs", "'a+'")),
+    ("structured_outputs", {"choice": ["a", "b"]}, ("structured_outputs", "['a', 'b']")),
+    ("use_beam_search", True, ("logprobs",)),
+]
+
+
+def post(server: Server, **fields: Any) -> tuple[int, dict]:
+    run = golden_data.diffusion_runs("A")[0]
+    defaults = {
+        "prompt": list(run.prompt),
+        "max_tokens": run.max_new_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "vllm_xargs": {"diffusion_confidence_threshold": run.gamma, "diffusion_max_steps": run.steps},
+    }
+    response = server.post("/v1/completions", **(defaults | fields))
+    return response.status_code, response.json()
+
+
+def assert_refused(answer: tuple[int, dict], *words: str) -> None:
+    status, body = answer
+    assert status == 400, body
+    message = body["error"]["message"]
+    assert all(word in message for word in words), message
+
+
+def assert_works(server: Server) -> None:
+    """A good request right after a bad one."""
+    status, body = post(server)
+    assert status == 200, body
+    assert tuple(body["choices"][0]["token_ids"]) == golden_data.diffusion_runs("A")[0].tokens
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_OPTIONS, ids=str)
+def test_bad_option(server: Server, name: str, value: Any) -> None:
+    assert_refused(post(server, vllm_xargs={name: value}), name, str(value))
+    assert_works(server)
+
+
+@pytest.mark.parametrize(("field", "value", "words"), BAD_FIELDS, ids=str)
+def test_bad_field(server: Server, field: str, value: Any, words: tuple[str, ...]) -> None:
+    assert_refused(post(server, **{field: value}), *words)
+    assert_works(server)
+
+
+def test_bad_option_in_a_stream_is_its_only_event(server: Server) -> None:
+    """vLLM has answered a streaming request with status 200 before the engine checks it; the refusal comes after."""
+    with pytest.raises(openai.APIError) as refusal:
+        list(
+            server.openai.completions.create(
+                model=server.model, stream=True, **token_request([5], 8, diffusion_max_steps=17)
+            )
+        )
+    assert refusal.value.body["code"] == 400
+    assert "diffusion_max_steps=17" in refusal.value.message
+    assert_works(server)
+
+
+@pytest.mark.parametrize("option", ["confidence_threshold", "max_steps", "canvas_length", "strategy"])
+def test_block_options_mean_nothing_to_ar(server: Server, option: str) -> None:
+    values = {"confidence_threshold": 0.5, "max_steps": 4, "canvas_length": 8, "strategy": "confidence_unmasking"}
+    xargs = {"diffusion_mode": "ar", f"diffusion_{option}": values[option]}
+    assert_refused(post(server, vllm_xargs=xargs), f"diffusion_{option}", str(values[option]), "'ar'")
+    assert_works(server)
+
+
+def test_prompts_that_cannot_be(server: Server) -> None:
+    assert_refused(post(server, prompt=[]), "prompt")
+    assert_refused(post(server, prompt=[100000]), "100000")
+    assert_refused(post(server, prompt=[5] * 1100), "1100", "1024")
+    assert_works(server)
+
+
+def test_refusals_leave_nothing_alarming_in_the_log(server: Server) -> None:
+    before = len(server.log_text())
+    for name, value in BAD_OPTIONS:
+        assert_refused(post(server, vllm_xargs={name: value}), name)
+    for field, value, words in BAD_FIELDS:
+        assert_refused(post(server, **{field: value}), *words)
+    log = server.log_text()[before:]
+    assert "400 Bad Request" in log
+    assert "Traceback" not in log
+    assert " ERROR " not in log

@@ -1,0 +1,131 @@
+"""Text with the trained model, served as the README says: chat, completions, streaming, start and stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import Server
+
+PROBLEMS = 20
+
+
+def held_out(folder: Path) -> list[dict[str, str]]:
+    """Problems that the model has not seen in training."""
+    return [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()][:PROBLEMS]
+
+
+def question(problem: dict[str, str]) -> list[dict[str, str]]:
+    """The problem as a chat; the chat template puts its prompt together again."""
+    return [{"role": "user", "content": problem["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")}]
+
+
+def is_right(text: str, problem: dict[str, str]) -> bool:
+    return f"The answer is {problem['result']}." in text
+
+
+def test_profile_names_the_model(tiny_server: Server) -> None:
+    [model] = tiny_server.openai.models.list().data
+    assert (model.id, model.max_model_len) == ("tiny-twotower", 2048)
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "ar"])
+def test_chat_answers_held_out_problems(tiny_server: Server, tiny_folder: Path, mode: str) -> None:
+    wrong = []
+    for problem in held_out(tiny_folder):
+        answer = tiny_server.openai.chat.completions.create(
+            model=tiny_server.model,
+            messages=question(problem),
+            max_tokens=96,
+            temperature=0,
+            extra_body={"vllm_xargs": {"diffusion_mode": mode}},
+        )
+        [choice] = answer.choices
+        if not is_right(choice.message.content, problem) or choice.finish_reason != "stop":
+            wrong.append((problem["prompt"], choice.message.content, choice.finish_reason))
+    assert len(wrong) < PROBLEMS / 2, wrong
+
+
+def test_chat_is_the_completion_of_the_templated_prompt(tiny_server: Server, tiny_folder: Path) -> None:
+    for problem in held_out(tiny_folder)[:3]:
+        chat = tiny_server.openai.chat.completions.create(
+            model=tiny_server.model, messages=question(problem), max_tokens=64, temperature=0
+        )
+        completion = tiny_server.openai.completions.create(
+            model=tiny_server.model, prompt=problem["prompt"], max_tokens=64, temperature=0
+        )
+        assert chat.usage == completion.usage
+        assert chat.choices[0].message.content == completion.choices[0].text
+
+
+def test_streamed_chat_is_the_whole_answer(tiny_server: Server, tiny_folder: Path) -> None:
+    for problem in held_out(tiny_folder)[:3]:
+        request = {
+            "model": tiny_server.model,
+            "messages": question(problem),
+            "max_tokens": 64,
+            "temperature": 0,
+            "extra_body": {"vllm_xargs": {"diffusion_confidence_threshold": 1}},
+        }
+        whole = tiny_server.openai.chat.completions.create(**request)
+        pieces, reasons, usages = [], [], []
+        for event in tiny_server.openai.chat.completions.create(
+            **request, stream=True, stream_options={"include_usage": True}
+        ):
+            usages += [event.usage] if event.usage else []
+            pieces += [choice.delta.content for choice in event.choices if choice.delta.content]
+            reasons += [choice.finish_reason for choice in event.choices if choice.finish_reason]
+        assert "".join(pieces) == whole.choices[0].message.content
+        assert reasons == [whole.choices[0].finish_reason]
+        assert usages == [whole.usage]
+        blocks = -(-whole.usage.completion_tokens // 16)
+        assert len(pieces) <= blocks
+
+
+def test_chat_sampling_with_a_seed_repeats(tiny_server: Server, tiny_folder: Path) -> None:
+    def answers() -> list[str]:
+        completion = tiny_server.openai.chat.completions.create(
+            model=tiny_server.model,
+            messages=question(held_out(tiny_folder)[0]),
+            max_tokens=64,
+            temperature=0.1,
+            seed=11,
+            n=2,
+        )
+        return [choice.message.content for choice in completion.choices]
+
+    first = answers()
+    assert len(first) == 2
+    assert first == answers()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"vllm_xargs": {"diffusion_canvas_length": 17}}, ("diffusion_canvas_length", "17")),
+        ({"logprobs": True, "top_logprobs": 2}, ("logprobs", "2")),
+        ({"presence_penalty": 1}, ("presence_penalty", "1.0")),
+        ({"response_format": {"type": "json_object"}}, ("structured_outputs", "json_object=True")),
+        ({"temperature": -1}, ("temperature", "-1")),
+    ],
+    ids=str,
+)
+def test_bad_chat_is_refused(tiny_server: Server, fields: dict, words: tuple[str, ...]) -> None:
+    messages = [{"role": "user", "content": "What is 1 + 1?"}]
+    response = tiny_server.post("/v1/chat/completions", messages=messages, max_tokens=8, **fields)
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert all(word in message for word in words), message
+
+
+def test_server_stops_cleanly(tiny_server: Server) -> None:
+    """Last, since the server is gone afterwards: nothing alarming in its log from the start to the end."""
+    assert tiny_server.answers()
+    assert tiny_server.stop() == 0
+    log = tiny_server.log_text()
+    assert "Traceback" not in log
+    assert " ERROR " not in log
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{tiny_server.url}/health")
