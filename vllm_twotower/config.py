@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-from vllm_twotower.checkpoint import ARCHITECTURE, DEFAULT_CANVAS_LENGTH, DEFAULT_MASK_TOKEN_ID
+from vllm_twotower.checkpoint import DEFAULT_CANVAS_LENGTH, DEFAULT_MASK_TOKEN_ID
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -21,7 +21,6 @@ ADDITIONAL_CONFIG_KEY = "twotower"
 COMMIT_POLICIES = ("lazy", "separate")
 MODES = ("mask_diffusion", "ar")
 STRATEGIES = ("confidence_unmasking",)
-REQUEST_OPTION_PREFIX = "diffusion_"
 
 Mode = Literal["mask_diffusion", "ar"]
 
@@ -141,9 +140,8 @@ class RequestOptions:
         )
 
 
-_REQUEST_OPTIONS = tuple(
-    "diffusion_" + field.name for field in fields(RequestOptions)
-)  # the names of RequestOptions' fields are the options' names without the prefix
+# The names of RequestOptions' fields are the options' names without the prefix.
+_REQUEST_OPTIONS = tuple("diffusion_" + field.name for field in fields(RequestOptions))
 
 
 class RequestError(ValueError):
@@ -211,12 +209,3 @@ def validate_sampling_params(params: SamplingParams, model_config: ModelConfig) 
         raise VLLMValidationError(str(error), parameter=error.name, value=error.value) from None
     if options.mode == "ar":
         params.extra_args = {**(params.extra_args or {}), "diffusion_canvas_length": 1}
-
-
-def register_model_config() -> None:
-    """Makes vLLM ask :class:`TwoTowerModelConfig` to check and complete its configuration for this architecture."""
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-
-    from vllm_twotower.engine.vllm_config import TwoTowerModelConfig
-
-    MODELS_CONFIG_MAP[ARCHITECTURE] = TwoTowerModelConfig
