@@ -13,20 +13,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+from vllm_twotower.demo import Answers, generate
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-
-
-@dataclass
-class Round:
-    """One measured generation: new tokens, tower passes that made them, seconds."""
-
-    tokens: int
-    passes: int
-    seconds: float
 
 
 def main() -> None:
@@ -48,7 +40,7 @@ def main() -> None:
         variants = {**engine, **(reference if batch_size == args.batch_sizes[0] else {})}
         for run in variants.values():
             run(batch)  # warm up
-        rounds: dict[str, list[Round]] = {name: [] for name in variants}
+        rounds: dict[str, list[Answers]] = {name: [] for name in variants}
         for _ in range(args.rounds):
             for name, run in variants.items():
                 rounds[name].append(run(batch))
@@ -58,30 +50,20 @@ def main() -> None:
             print(f"{batch_size:8} {name:26} {per_pass:11.2f} {speed[name]:9.0f} {ratio:11.2f}")
 
 
-def engine_variants(args: argparse.Namespace) -> dict[str, Callable[[list[str]], Round]]:
+def engine_variants(args: argparse.Namespace) -> dict[str, Callable[[list[str]], Answers]]:
     """The engine's ways to answer prompts, each a function of them."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     llm = LLM(
         model=str(args.model),
         max_model_len=1024,
         max_num_seqs=max(args.batch_sizes),
         kv_cache_memory_bytes=256 << 20,
-        per_request_spec_decode_metrics="summary",
+        disable_log_stats=False,
     )
 
-    def variant(**options: float | str) -> Callable[[list[str]], Round]:
-        params = SamplingParams(temperature=0, max_tokens=args.max_tokens, ignore_eos=True, extra_args=options)
-
-        def run(prompts: list[str]) -> Round:
-            start = time.perf_counter()
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            seconds = time.perf_counter() - start
-            completions = [output.outputs[0] for output in outputs]
-            passes = sum(sum(completion.spec_decode_metrics.histogram) for completion in completions)
-            return Round(sum(len(completion.token_ids) for completion in completions), passes, seconds)
-
-        return run
+    def variant(**options: float | str) -> Callable[[list[str]], Answers]:
+        return lambda prompts: generate(llm, prompts, args.max_tokens, options, ignore_eos=True)
 
     variants = {"engine, AR": variant(diffusion_mode="ar")}
     for threshold in args.thresholds:
@@ -89,7 +71,7 @@ def engine_variants(args: argparse.Namespace) -> dict[str, Callable[[list[str]],
     return variants
 
 
-def reference_variant(args: argparse.Namespace) -> dict[str, Callable[[list[str]], Round]]:
+def reference_variant(args: argparse.Namespace) -> dict[str, Callable[[list[str]], Answers]]:
     """The plain PyTorch loop, one prompt after the other."""
     import torch
     from transformers import AutoTokenizer
@@ -100,14 +82,14 @@ def reference_variant(args: argparse.Namespace) -> dict[str, Callable[[list[str]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     threshold = args.thresholds[0]
 
-    def run(prompts: list[str]) -> Round:
+    def run(prompts: list[str]) -> Answers:
         start = time.perf_counter()
         results = [
             generate_mask_diffusion(model, tokenizer(prompt).input_ids, args.max_tokens, gamma=threshold)
             for prompt in prompts
         ]
         seconds = time.perf_counter() - start
-        return Round(sum(len(r.tokens) for r in results), sum(r.nfe for r in results), seconds)
+        return Answers([], sum(len(r.tokens) for r in results), sum(r.nfe for r in results), seconds)
 
     return {f"reference, threshold {threshold}": run}
 

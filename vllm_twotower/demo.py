@@ -17,12 +17,13 @@ DEFAULT_MODEL = Path("models/tiny-twotower")
 
 
 @dataclass
-class Answer:
-    """One request's text, its number of tokens, and how many tower passes made them."""
+class Answers:
+    """Texts of some requests, their tokens, the tower passes that made them, and the seconds it took."""
 
-    text: str
+    texts: list[str]
     tokens: int
     passes: int
+    seconds: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,21 +53,24 @@ def run(args: argparse.Namespace) -> None:
         max_model_len=1024,
         max_num_seqs=16,
         kv_cache_memory_bytes=128 << 20,
-        per_request_spec_decode_metrics="summary",
+        disable_log_stats=False,
     )
     diffusion = {"diffusion_confidence_threshold": args.confidence_threshold}
     for options in (diffusion, {"diffusion_mode": "ar"}):
         generate(llm, prompts[:1], args.max_tokens, options)  # the first request pays for lazy initialisation
 
-    answers, seconds = generate(llm, prompts, args.max_tokens, diffusion)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        print(f"\n{prompt}\033[1m{answer.text}\033[0m")
+    for prompt in prompts:
+        answer = generate(llm, [prompt], args.max_tokens, diffusion)
+        print(f"\n{prompt}\033[1m{answer.texts[0]}\033[0m")
         print(
             f"    [{answer.tokens} tokens in {answer.passes} denoiser passes: {answer.tokens / answer.passes:.1f} each]"
         )
-    print(f"\n{'':16}{'tokens':>8}{'passes':>8}{'tokens/pass':>13}{'tokens/s':>10}   (all prompts in one batch)")
-    report("mask diffusion", answers, seconds)
-    report("autoregressive", *generate(llm, prompts, args.max_tokens, {"diffusion_mode": "ar"}))
+    print(f"\nAll {len(prompts)} prompts in one batch:")
+    print(f"{'':16}{'tokens':>8}{'passes':>8}{'tokens/pass':>13}{'tokens/s':>10}")
+    for title, options in (("mask diffusion", diffusion), ("autoregressive", {"diffusion_mode": "ar"})):
+        total = generate(llm, prompts, args.max_tokens, options)
+        per_pass, per_second = total.tokens / total.passes, total.tokens / total.seconds
+        print(f"{title:16}{total.tokens:8}{total.passes:8}{per_pass:13.2f}{per_second:10.0f}")
 
 
 def heldout_prompts(model: Path, count: int = 6) -> list[str]:
@@ -75,19 +79,24 @@ def heldout_prompts(model: Path, count: int = 6) -> list[str]:
     return [json.loads(line)["prompt"] for line in lines[:: max(1, len(lines) // count)]][:count]
 
 
-def generate(llm: LLM, prompts: list[str], max_tokens: int, options: dict) -> tuple[list[Answer], float]:
-    """Answers to all prompts, submitted at once, and the seconds they took."""
+def generate(llm: LLM, prompts: list[str], max_tokens: int, options: dict, ignore_eos: bool = False) -> Answers:
+    """Answers to all prompts, submitted at once, greedily; the engine must keep statistics."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=options)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=ignore_eos, extra_args=options)
+    passes = tower_passes(llm)
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     completions = [output.outputs[0] for output in outputs]
-    return [Answer(c.text, len(c.token_ids), sum(c.spec_decode_metrics.histogram)) for c in completions], seconds
+    return Answers(
+        [completion.text for completion in completions],
+        sum(len(completion.token_ids) for completion in completions),
+        tower_passes(llm) - passes,
+        seconds,
+    )
 
 
-def report(title: str, answers: list[Answer], seconds: float) -> None:
-    """One line of totals."""
-    tokens, passes = sum(a.tokens for a in answers), sum(a.passes for a in answers)
-    print(f"{title:16}{tokens:8}{passes:8}{tokens / passes:13.2f}{tokens / seconds:10.0f}")
+def tower_passes(llm: LLM) -> int:
+    """Passes of all requests so far: of the denoiser, and for autoregressive ones of the context tower."""
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:diffusion_num_denoising_steps")
