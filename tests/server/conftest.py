@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,14 @@ from serving import REPOSITORY, Server, running_server
 from vllm_twotower.reference import TwoTowerModel
 
 TINY = REPOSITORY / "models" / "tiny-twotower"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stop_servers_when_terminated() -> Iterator[None]:
+    """A terminated test run ends as an interrupted one does, so that no server outlives it."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

@@ -120,12 +120,12 @@ def test_bad_chat_is_refused(tiny_server: Server, fields: dict, words: tuple[str
     assert all(word in message for word in words), message
 
 
-def test_server_stops_cleanly(tiny_server: Server) -> None:
-    """Last, since the server is gone afterwards: nothing alarming in its log from the start to the end."""
-    assert tiny_server.answers()
-    assert tiny_server.stop() == 0
+def test_log_is_calm_and_the_server_stops(tiny_server: Server) -> None:
+    """Last, since the server is gone afterwards. While it stops, vLLM's processes may complain about each other."""
     log = tiny_server.log_text()
+    assert "Application startup complete" in log
     assert "Traceback" not in log
     assert " ERROR " not in log
+    assert tiny_server.stop() == 0
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{tiny_server.url}/health")

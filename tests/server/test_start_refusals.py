@@ -20,6 +20,6 @@ def test_bad_option_of_the_engine(tmp_path: Path) -> None:
 def test_missing_tensor(tmp_path: Path) -> None:
     name = "denoiser_tower.layers.2.mixer.D"
     folder = golden_data.changed_checkpoint(tmp_path / "changed", lambda tensors: tensors.pop(name))
-    status, output = refused_start(folder, tmp_path / "log", "--max-model-len", "1024")
+    status, output = refused_start(folder, tmp_path / "log", "--kv-cache-memory-bytes", "64M")
     assert status != 0
     assert f"missing in the TwoTower checkpoint: {name} [4]" in output
