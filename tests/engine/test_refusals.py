@@ -33,6 +33,7 @@ def config(**options: Any):
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             ("kv_connector='ExampleConnector'", "lazy"),
         ),
+        ({"kv_offloading_size": 1.0}, ("kv_offloading_size=1.0", "lazy")),
         ({"enable_lora": True}, ("enable_lora", "LoRA")),
         ({"async_scheduling": True}, ("async_scheduling=True",)),
         (

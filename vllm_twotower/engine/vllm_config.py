@@ -109,6 +109,9 @@ def _refuse_uncommitted_blocks_in_caches(vllm_config: VllmConfig, options: Engin
     }[options.commit]
     if vllm_config.cache_config.enable_prefix_caching:
         raise ValueError(f"enable_prefix_caching=True is not supported for TwoTower models: {reason}")
+    offloading_size = vllm_config.cache_config.kv_offloading_size
+    if offloading_size is not None:
+        raise ValueError(f"kv_offloading_size={offloading_size!r} is not supported for TwoTower models: {reason}")
     if vllm_config.kv_transfer_config is not None:
         connector = vllm_config.kv_transfer_config.kv_connector
         raise ValueError(
