@@ -6,8 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 # Modules of this package, each with a tuple PATCHES. The start modules must import neither torch nor vLLM at the top.
-START_MODULES = ("model_runner_choice", "sampling_params", "prefix_caching_default")
-WORKER_MODULES = ("triton_placeholder", "cpu_staged_writes", "cpu_input_batch", "cpu_block_tables", "cpu_kv_zeroing")
+START_MODULES = (
+    "model_runner_choice",
+    "sampling_params",
+    "structured_outputs",
+    "prefix_caching_default",
+    "diffusion_metrics",
+)
+WORKER_MODULES = (
+    "triton_placeholder",
+    "cpu_staged_writes",
+    "cpu_input_batch",
+    "cpu_block_tables",
+    "cpu_kv_zeroing",
+    "cpu_logprobs",
+    "grammar_bitmask",
+)
 
 TWO_TOWER_ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 
@@ -49,9 +63,8 @@ def install_start_patches() -> None:
 
 
 def install_worker_patches() -> None:
-    """Install what a worker needs before its first step. Does nothing where Triton works, nor on a second call."""
-    if runs_on_cpu_without_triton():
-        _install(WORKER_MODULES)
+    """Install what a worker needs before its first step. A second call does nothing."""
+    _install(WORKER_MODULES)
 
 
 def all_patches() -> tuple[Patch, ...]:

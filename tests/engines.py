@@ -120,12 +120,12 @@ def traced(llm: LLM) -> Iterator[Trace]:
     denoise, call = sampler._denoise, type(sampler).__call__
 
     def record(plan, slots, logits, sampled, num_sampled):
-        table, canvas = sampler._table, plan.canvas
-        before, t, raw = table.canvas[canvas.slots].clone(), canvas.masked_fraction.tolist(), logits.float().clone()
+        table, blocks = sampler._table, plan.blocks
+        before, t, raw = blocks.canvas.clone(), plan.canvas.time.tolist(), logits.clone()
         denoise(plan, slots, logits, sampled, num_sampled)
-        after, pending = table.canvas[canvas.slots], table.pending_tokens[canvas.slots]
-        lengths = plan.split.canvas.lengths.tolist()
-        for i, (slot, length, part) in enumerate(zip(canvas.slots.tolist(), lengths, raw.split(lengths), strict=True)):
+        after, pending = table.canvas[blocks.slots], table.pending_tokens[blocks.slots]
+        lengths = plan.split.blocks.lengths.tolist()
+        for i, (slot, length, part) in enumerate(zip(blocks.slots.tolist(), lengths, raw.split(lengths), strict=True)):
             converged = bool((after[i, :length] == table.engine.mask_token_id).all())
             out = (pending if converged else after)[i, :length].tolist()
             step = Step(t[i], tuple(before[i, :length].tolist()), tuple(out), part)

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 ADDITIONAL_CONFIG_KEY = "twotower"
 COMMIT_POLICIES = ("lazy", "separate")
-MODES = ("mask_diffusion", "ar")
-STRATEGIES = ("confidence_unmasking",)
+MODES = ("mask_diffusion", "ar", "mock_ar")
+DEFAULT_STRATEGY = "confidence_unmasking"
 
-Mode = Literal["mask_diffusion", "ar"]
+Mode = Literal["mask_diffusion", "ar", "mock_ar"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class EngineOptions:
     ``canvas_length`` (S) tokens are denoised at once in at most ``max_denoising_steps`` passes; a request may ask for
     less. ``commit`` says when the context tower reads a finished block: ``lazy`` in the step that starts the next one
     (the last block of a request is never read), ``separate`` in a step of its own, before the block is returned.
+    ``request_metrics`` is the level of ``--per-request-spec-decode-metrics``.
     """
 
     canvas_length: int = DEFAULT_CANVAS_LENGTH
@@ -39,6 +40,7 @@ class EngineOptions:
     confidence_threshold: float = 0.8
     mask_token_id: int = DEFAULT_MASK_TOKEN_ID
     commit: str = "lazy"
+    request_metrics: str = "none"
 
     @classmethod
     def resolve(
@@ -48,6 +50,7 @@ class EngineOptions:
         max_denoising_steps: int | None,
         mask_token_id: int | None,
         vocab_size: int,
+        request_metrics: str = "none",
     ) -> EngineOptions:
         """Builds the options from vLLM's configuration; raises ValueError naming the option, its value, and the rule.
 
@@ -74,7 +77,7 @@ class EngineOptions:
             chosen[name] = checks[name](f"additional_config['{ADDITIONAL_CONFIG_KEY}'].{name}", value)
         steps = canvas_length if max_denoising_steps is None else max_denoising_steps
         _integer("diffusion_config.max_denoising_steps", steps, 1, None)
-        return cls(canvas_length=canvas_length, max_denoising_steps=steps, **chosen)
+        return cls(canvas_length=canvas_length, max_denoising_steps=steps, request_metrics=request_metrics, **chosen)
 
     @classmethod
     def of(cls, model_config: ModelConfig) -> EngineOptions:
@@ -95,15 +98,20 @@ class RequestOptions:
     confidence_threshold: float
     max_steps: int
     canvas_length: int
-    strategy: str
+    strategy: str = DEFAULT_STRATEGY
+    noise_schedule: str = "linear"
+    adaptive_unmasking: bool = False
+    remasking: str = "confidence"
 
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None, engine: EngineOptions) -> RequestOptions:
-        """Reads ``extra_args``; raises ValueError naming the option, its value, and what is allowed.
+        """Reads ``extra_args``; raises RequestError naming the option, its value, and what is allowed.
 
-        An autoregressive request has a canvas of one token and ignores no option: those of the block sampler are
-        refused for it.
+        No option is ignored: those of the block sampler are refused for autoregressive requests, and those of one
+        strategy for another.
         """
+        from vllm_twotower.engine.strategies import NOISE_SCHEDULES, REMASKING_SCORES, strategies
+
         given = {name: value for name, value in (extra_args or {}).items() if value is not None}
         unknown = sorted(set(given) - set(_REQUEST_OPTIONS))
         if unknown:
@@ -112,36 +120,38 @@ class RequestOptions:
                 given[unknown[0]],
                 f"unknown option in extra_args; known are {', '.join(_REQUEST_OPTIONS)}",
             )
-        mode = _choice("diffusion_mode", given.get("diffusion_mode", "mask_diffusion"), MODES)
-        if mode == "ar":
-            for name in given:
-                if name != "diffusion_mode" and (name, given[name]) != ("diffusion_canvas_length", 1):
-                    raise RequestError(name, given[name], "has no meaning with diffusion_mode 'ar'")
-            return cls(mode, engine.confidence_threshold, 1, 1, STRATEGIES[0])
-        return cls(
-            mode=mode,
-            confidence_threshold=_threshold(
-                "diffusion_confidence_threshold",
-                given.get("diffusion_confidence_threshold", engine.confidence_threshold),
-            ),
-            max_steps=_integer(
-                "diffusion_max_steps",
-                given.get("diffusion_max_steps", engine.max_denoising_steps),
-                1,
-                engine.max_denoising_steps,
-            ),
-            canvas_length=_integer(
-                "diffusion_canvas_length",
-                given.get("diffusion_canvas_length", engine.canvas_length),
-                1,
-                engine.canvas_length,
-            ),
-            strategy=_choice("diffusion_strategy", given.get("diffusion_strategy", STRATEGIES[0]), STRATEGIES),
-        )
+        mode = _choice("diffusion_mode", given.pop("diffusion_mode", "mask_diffusion"), MODES)
+        if mode != "mask_diffusion":
+            for name, value in given.items():
+                raise RequestError(name, value, f"has no meaning with diffusion_mode {mode!r}")
+            return cls(mode, engine.confidence_threshold, 1, 1)
+        checks: dict[str, Callable[[str, Any], Any]] = {
+            "confidence_threshold": _threshold,
+            "max_steps": lambda name, value: _integer(name, value, 1, engine.max_denoising_steps),
+            "canvas_length": lambda name, value: _integer(name, value, 1, engine.canvas_length),
+            "strategy": lambda name, value: _choice(name, value, tuple(strategies())),
+            "noise_schedule": lambda name, value: _choice(name, value, tuple(NOISE_SCHEDULES)),
+            "adaptive_unmasking": _flag,
+            "remasking": lambda name, value: _choice(name, value, REMASKING_SCORES),
+        }
+        chosen = {option: checks[option](name, given[name]) for option, name in _BLOCK_OPTIONS.items() if name in given}
+        strategy = chosen.get("strategy", DEFAULT_STRATEGY)
+        for option in sorted(chosen.keys() & _STRATEGY_OPTIONS - strategies()[strategy].options):
+            name = _BLOCK_OPTIONS[option]
+            raise RequestError(name, given[name], f"has no meaning with diffusion_strategy {strategy!r}")
+        defaults = {
+            "confidence_threshold": engine.confidence_threshold,
+            "max_steps": engine.max_denoising_steps,
+            "canvas_length": engine.canvas_length,
+        }
+        return cls(mode=mode, **(defaults | chosen))
 
 
 # The names of RequestOptions' fields are the options' names without the prefix.
 _REQUEST_OPTIONS = tuple("diffusion_" + field.name for field in fields(RequestOptions))
+_BLOCK_OPTIONS = {field.name: "diffusion_" + field.name for field in fields(RequestOptions) if field.name != "mode"}
+# Each of these means something to the strategies that name it.
+_STRATEGY_OPTIONS = {"confidence_threshold", "noise_schedule", "adaptive_unmasking", "remasking"}
 
 
 class RequestError(ValueError):
@@ -166,46 +176,44 @@ def _integer(name: str, value: Any, low: int, high: int | None) -> int:
     return value
 
 
+def _flag(name: str, value: Any) -> bool:
+    """A boolean, or the 0 or 1 that vLLM's server makes of one."""
+    if value not in (0, 1) or not isinstance(value, int | float):
+        raise RequestError(name, value, "must be true or false")
+    return bool(value)
+
+
 def _threshold(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
         raise RequestError(name, value, "must be a number greater than 0 and at most 1")
     return float(value)
 
 
-# Sampling parameters of vLLM that a TwoTower request must leave at their defaults: name, and whether it is set.
-_BLOCK_REASON = "is not supported for this model: a block's tokens are chosen together, not one after another"
-_UNSUPPORTED: dict[str, Callable[[SamplingParams], bool]] = {
-    "presence_penalty": lambda p: p.presence_penalty != 0,
-    "frequency_penalty": lambda p: p.frequency_penalty != 0,
-    "repetition_penalty": lambda p: p.repetition_penalty != 1,
-    "min_tokens": lambda p: p.min_tokens > 0,
-    "logit_bias": lambda p: bool(p.logit_bias),
-    "allowed_token_ids": lambda p: p.allowed_token_ids is not None,
-    "bad_words": lambda p: bool(p.bad_words),
-    "logprobs": lambda p: p.logprobs is not None,
-    "logprob_token_ids": lambda p: p.logprob_token_ids is not None,
-    "prompt_logprobs": lambda p: p.prompt_logprobs is not None,
-    "prompt_logprob_token_ids": lambda p: p.prompt_logprob_token_ids is not None,
-    "structured_outputs": lambda p: p.structured_outputs is not None,
-    "thinking_token_budget": lambda p: p.thinking_token_budget is not None,
-    "trace_decode_token_ids": lambda p: p.trace_decode_token_ids is not None,
-}
+_NO_GRAMMAR = "a grammar needs its tokens one after another; use diffusion_mode 'ar'"
+_NO_MEANING = "is not supported for this model"
+
+# Sampling parameters of vLLM that are refused: name, in which modes, whether it is set, and why.
+_REFUSED: tuple[tuple[str, tuple[str, ...], Callable[[SamplingParams], bool], str], ...] = (
+    ("structured_outputs", ("mask_diffusion",), lambda p: p.structured_outputs is not None, _NO_GRAMMAR),
+    ("thinking_token_budget", MODES, lambda p: p.thinking_token_budget is not None, _NO_MEANING),
+    ("trace_decode_token_ids", MODES, lambda p: p.trace_decode_token_ids is not None, _NO_MEANING),
+)
 
 
 def validate_sampling_params(params: SamplingParams, model_config: ModelConfig) -> None:
     """Checks a request before it is admitted, in place of vLLM's rules for diffusion models.
 
-    Raises ``VLLMValidationError`` (HTTP 400 in the server) naming the parameter, its value and what is allowed. Gives
-    an autoregressive request the one-token canvas that vLLM's scheduler reads from ``extra_args``.
+    Raises ``VLLMValidationError`` (HTTP 400 in the server) naming the parameter, its value and what is allowed.
     """
     from vllm.exceptions import VLLMValidationError
 
+    engine = EngineOptions.of(model_config)
     try:
-        for name, is_set in _UNSUPPORTED.items():
-            if is_set(params):
-                raise RequestError(name, getattr(params, name), _BLOCK_REASON)
-        options = RequestOptions.parse(params.extra_args, EngineOptions.of(model_config))
+        options = RequestOptions.parse(params.extra_args, engine)
+        for name, modes, is_set, reason in _REFUSED:
+            if options.mode in modes and is_set(params):
+                raise RequestError(name, getattr(params, name), reason)
+        if options.mode == "mask_diffusion" and set(params.allowed_token_ids or ()) == {engine.mask_token_id}:
+            raise RequestError("allowed_token_ids", params.allowed_token_ids, "the mask token alone fills no block")
     except RequestError as error:
         raise VLLMValidationError(str(error), parameter=error.name, value=error.value) from None
-    if options.mode == "ar":
-        params.extra_args = {**(params.extra_args or {}), "diffusion_canvas_length": 1}

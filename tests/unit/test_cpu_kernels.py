@@ -1,5 +1,6 @@
 """Each CPU kernel against a slow per-row loop over Python numbers, written from what vLLM's Triton kernel does."""
 
+import math
 import random
 from types import SimpleNamespace
 
@@ -11,7 +12,14 @@ pytest.importorskip("vllm")
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 import vllm_twotower.patches as patches
-from vllm_twotower.patches import cpu_block_tables, cpu_input_batch, cpu_kv_zeroing, cpu_staged_writes, registry
+from vllm_twotower.patches import (
+    cpu_block_tables,
+    cpu_input_batch,
+    cpu_kv_zeroing,
+    cpu_logprobs,
+    cpu_staged_writes,
+    registry,
+)
 from vllm_twotower.patches._cpu_kernel import CpuKernel
 
 SLOTS = 9
@@ -34,6 +42,11 @@ def stale(*shape, dtype=torch.int32):
 def launch(function, *args, **options):
     """Call a kernel the way vLLM does, with tensors and a grid."""
     CpuKernel(function)[(1,)](*args, **options)
+
+
+def launch_torch(function, *args, **options):
+    """The same for a kernel that is written in torch."""
+    cpu_logprobs.TorchKernel(function)[(1,)](*args, **options)
 
 
 class Step:
@@ -466,6 +479,111 @@ def test_zero_kv_blocks(seed):
     assert [buffer.tolist() for buffer in memory] == expected
 
 
+def random_logits(seed: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    """[rows, vocab] with ties and infinities; the rows lie apart in memory, with larger values between them."""
+    rng = random.Random(seed)
+    num_rows = 0 if seed == 0 else rng.randint(1, 3 * cpu_logprobs.CHUNK_ROWS)
+    values = [
+        [rng.choice([-math.inf, rng.randint(-8, 8), rng.uniform(-20, 20)]) for _ in range(vocab)]
+        for _ in range(num_rows)
+    ]
+    for row in values:
+        row[rng.randrange(vocab)] = 3.0  # not every logit is -inf
+    memory = torch.full((num_rows, vocab + 5), 1e4, dtype=dtype)
+    memory[:, :vocab] = torch.tensor(values).reshape(num_rows, vocab)
+    return memory[:, :vocab]
+
+
+logit_types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+
+
+@seeds
+@logit_types
+def test_topk_log_softmax(seed, dtype):
+    vocab, topk = 37, seed % 5
+    rng = random.Random(seed)
+    logits = random_logits(seed, vocab, dtype)
+    num_rows = logits.shape[0]
+    ids = [[rng.randrange(vocab) for _ in range(topk)] for _ in range(num_rows)]
+    topk_ids = torch.zeros(num_rows, topk + 2, dtype=torch.int64)[:, :topk]
+    topk_ids[:] = torch.tensor(ids, dtype=torch.int64).reshape(num_rows, topk)
+    output = stale(num_rows, topk, dtype=torch.float32)
+    expected = []
+    for row, row_ids in zip(logits.tolist(), ids, strict=True):
+        log_sum = math.log(math.fsum(math.exp(logit) for logit in row))
+        expected.append([row[token] - log_sum for token in row_ids])
+
+    launch_torch(
+        cpu_logprobs.topk_log_softmax,
+        output,
+        logits,
+        logits.stride(0),
+        topk_ids,
+        topk_ids.stride(0),
+        topk,
+        vocab,
+        BLOCK_SIZE=1024,
+        TOPK_BLOCK_SIZE=4,
+    )
+    assert [pytest.approx(row, rel=1e-6, abs=1e-6) for row in expected] == output.tolist()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@logit_types
+def test_topk_log_softmax_of_a_real_vocabulary(dtype, offset):
+    """As exact as torch's fp32 log-softmax of all rows at once, whatever the logits' level."""
+    num_rows, vocab = cpu_logprobs.CHUNK_ROWS + 1, 131072
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(num_rows, vocab, generator=generator) + offset).to(dtype)
+    topk_ids = torch.randint(vocab, (num_rows, 20), generator=generator)
+    output = stale(num_rows, 20, dtype=torch.float32)
+    launch_torch(cpu_logprobs.topk_log_softmax, output, logits, vocab, topk_ids, 20, 20, vocab)
+    expected = torch.log_softmax(logits.float(), dim=-1).gather(-1, topk_ids)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+
+
+@seeds
+@logit_types
+@pytest.mark.parametrize("id_type", [torch.int32, torch.int64])
+def test_ranks(seed, dtype, id_type):
+    vocab = 37
+    rng = random.Random(seed)
+    logits = random_logits(seed, vocab, dtype)
+    tokens = [rng.randrange(vocab) for _ in range(logits.shape[0])]
+    output = stale(len(tokens), dtype=torch.int64)
+    expected = []
+    for row, token in zip(logits.tolist(), tokens, strict=True):
+        expected.append(sum(logit >= row[token] for logit in row))
+
+    launch_torch(cpu_logprobs.ranks, output, logits, logits.stride(0), tensor(tokens, id_type), vocab, BLOCK_SIZE=8192)
+    assert output.tolist() == expected
+
+
+@seeds
+def test_prompt_logprobs_token_ids(seed):
+    step = Step(seed)
+    computed = step.per_slot(0, MAX_LEN - 1)  # for some rows the last tokens lie past the end of the table
+    all_tokens = token_table(step.rng, SLOTS, MAX_LEN)
+    output = stale(step.num_tokens + 5, dtype=torch.int64)
+    expected = output.tolist()
+    for row, slot in enumerate(step.slots):
+        for i in range(step.query_lens[row]):
+            position = computed[slot] + 1 + i
+            expected[step.bounds[row] + i] = all_tokens[slot][position] if position < MAX_LEN else 0
+
+    launch(
+        cpu_logprobs.prompt_logprobs_token_ids,
+        output,
+        step.query_start_loc,
+        step.idx_mapping,
+        tensor(computed),
+        tensor(all_tokens),
+        MAX_LEN,
+        BLOCK_SIZE=1024,
+    )
+    assert output.tolist() == expected
+
+
 @pytest.fixture
 def worker_buffers(monkeypatch):
     """The host buffers that vLLM's CPU worker uses, and the patched kernels."""
@@ -514,3 +632,49 @@ def test_vllms_request_state_runs_on_the_patched_kernels():
     assert states.all_token_ids.gpu[b, :2].tolist() == [5, 6]
     assert (states.total_len.gpu[a], states.total_len.gpu[b]) == (3, 2)
     assert (states.num_computed_tokens.gpu[a], states.num_computed_tokens.gpu[b]) == (0, 1)
+
+
+@without_triton
+@pytest.mark.usefixtures("worker_buffers")
+@logit_types
+@pytest.mark.parametrize("num_logprobs", [0, 4, 50])
+@pytest.mark.parametrize("num_rows", [0, 1, 40])
+def test_vllms_topk_scores_run_on_the_patched_kernels(dtype, num_logprobs, num_rows):
+    from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
+
+    vocab = 50
+    generator = torch.Generator().manual_seed(num_rows)
+    logits = torch.randn(num_rows, vocab, generator=generator).to(dtype)
+    sampled = torch.randint(vocab, (num_rows,), generator=generator)
+    scores = compute_topk_scores(logits, num_logprobs, sampled)
+
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    own = logprobs.gather(-1, sampled[:, None])
+    top = logprobs.topk(num_logprobs, dim=-1).values
+    assert scores.logprob_token_ids[:, 0].tolist() == sampled.tolist()
+    torch.testing.assert_close(scores.logprobs, torch.cat((own, top), dim=1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(scores.logprobs, logprobs.gather(-1, scores.logprob_token_ids), rtol=0, atol=1e-6)
+    ranks = [sum(logit >= row[token] for logit in row) for row, token in zip(logits.tolist(), sampled, strict=True)]
+    assert scores.selected_token_ranks.tolist() == ranks
+
+
+@without_triton
+@pytest.mark.usefixtures("worker_buffers")
+def test_vllms_prompt_logprobs_run_on_the_patched_kernels():
+    """Two prompts, one in its second chunk and as long as the table; then their tokens' scores."""
+    from vllm.v1.worker.gpu.sample.prompt_logprob import (
+        compute_prompt_logprobs_with_chunking,
+        get_prompt_logprobs_token_ids,
+    )
+
+    all_tokens = tensor([[7, 8, 9, 0, 0], [1] * 5, [2, 3, 4, 5, 6]])
+    token_ids = get_prompt_logprobs_token_ids(
+        6, tensor([0, 3, 6, 6]), tensor([2, 0], torch.int64), tensor([0, 0, 2]), all_tokens
+    )
+    assert token_ids.tolist() == [5, 6, 0, 8, 9, 0]
+
+    logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ids, logprobs, ranks = compute_prompt_logprobs_with_chunking(token_ids, logits, lambda rows: rows, 2)
+    assert ids[:, 0].tolist() == token_ids.tolist()
+    torch.testing.assert_close(logprobs, torch.log_softmax(logits.float(), -1).gather(-1, ids), rtol=0, atol=1e-6)
+    assert ranks.tolist() == (logits >= logits.gather(-1, ids[:, :1])).sum(dim=1).tolist()

@@ -26,7 +26,7 @@ from vllm_twotower.model.denoiser import DENOISER_PREFIX
 
 from .request_table import RequestTable
 from .sampler import TwoTowerSampler
-from .step_plan import StepPlan, TowerRows, canvas_inputs, context_inputs, page_slots, split_rows
+from .step_plan import StepPlan, TowerRows, block_inputs, canvas_inputs, context_inputs, page_slots, split_rows
 
 
 class TwoTowerModelState(ModelState):
@@ -43,7 +43,7 @@ class TwoTowerModelState(ModelState):
         self._plan: StepPlan | None = None
 
     def custom_sampler(self, sampler: Sampler) -> tuple[TwoTowerSampler, None]:
-        return TwoTowerSampler(sampler, self.table, self._take_plan), None
+        return TwoTowerSampler(sampler, self.table, self._take_plan, self.model_config.logprobs_mode), None
 
     def _take_plan(self) -> StepPlan | None:
         plan, self._plan = self._plan, None
@@ -86,22 +86,26 @@ class TwoTowerModelState(ModelState):
         """Plans the step and builds each tower's attention metadata on its own rows; keyed by layer name."""
         num_reqs = input_batch.num_reqs
         slots = input_batch.idx_mapping_np[:num_reqs]
+        query_start = input_batch.query_start_loc_np[:num_reqs]
         split = split_rows(
             slots,
             input_batch.num_scheduled_tokens[:num_reqs],
             input_batch.num_computed_tokens_np[:num_reqs],
             input_batch.prefill_len_np[:num_reqs],
-            input_batch.query_start_loc_np[:num_reqs],
+            query_start,
             self.table,
             self.max_model_len,
             self.options.commit == "lazy",
         )
         canvas_tables = self._rows_of(block_tables, split.canvas)
         state_indices = {name: canvas_tables[group][:, 0] for name, group in self._mamba_layers.items()}
+        input_ids = input_batch.input_ids[: input_batch.num_tokens]
+        blocks = block_inputs(split, self.table, slots)
         self._plan = StepPlan(
             split,
-            context_inputs(split, self.table, input_batch.input_ids[: input_batch.num_tokens]),
-            canvas_inputs(split, self.table, slots, state_indices),
+            context_inputs(split, self.table, slots, query_start, input_ids),
+            canvas_inputs(split, self.table, blocks, input_ids, state_indices),
+            blocks,
         )
         metadata: dict[str, Any] = {}
         for rows, tables, of_denoiser in (

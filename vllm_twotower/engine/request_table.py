@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,52 +10,57 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_twotower.config import EngineOptions, RequestOptions
 
+from .logit_rules import LogitRules
+from .row_options import RowOptions
+from .strategies import NOISE_SCHEDULES, REMASKING_SCORES, strategies
+from .token_logprobs import TokenLogprobs
 
-@dataclass
-class RowOptions:
-    """Options of a step's rows, gathered from the table; each tensor is (R,)."""
-
-    max_steps: torch.Tensor
-    confidence_threshold: torch.Tensor
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    seed: torch.Tensor
-
-    def rows(self, index: torch.Tensor) -> RowOptions:
-        """The options of some rows, in the order of ``index``."""
-        return RowOptions(**{name: column[index] for name, column in vars(self).items()})
+_COLUMN_TYPES = {
+    "max_steps": torch.int64,
+    "noise_schedule": torch.int64,
+    "adaptive_unmasking": torch.bool,
+    "remasking": torch.int64,
+    "top_k": torch.int64,
+    "seed": torch.int64,
+}
 
 
 class RequestTable:
     """Per-request state, a row for each slot that vLLM's ``RequestState`` hands out.
 
     NumPy arrays hold what decides which rows a step runs; tensors on ``device`` hold what the sampler computes with.
-    ``pending`` counts the tokens in ``pending_tokens`` that the context tower must read next: a finished block, or
-    the next token of an autoregressive request.
+    ``pending`` counts the tokens in ``pending_tokens`` that the context tower must read next: a finished block, the
+    newest token of an ``ar`` request, the token before the newest of a ``mock_ar`` one.
     """
 
     def __init__(self, max_num_reqs: int, engine: EngineOptions, vocab_size: int, device: torch.device):
         self.engine = engine
         self.vocab_size = vocab_size
+        self.device = device
+        self.strategies = list(strategies().values())
+        self.strategy_names = list(strategies())
         self.width = np.zeros(max_num_reqs, dtype=np.int64)
         self.pending = np.zeros(max_num_reqs, dtype=np.int64)
         self.is_ar = np.zeros(max_num_reqs, dtype=bool)
+        self.is_mock_ar = np.zeros(max_num_reqs, dtype=bool)
         self.is_random = np.zeros(max_num_reqs, dtype=bool)
+        self.is_filtered = np.zeros(max_num_reqs, dtype=bool)
+        self.scores_prompt = np.zeros(max_num_reqs, dtype=bool)
+        self.strategy = np.zeros(max_num_reqs, dtype=np.int64)
+        self.rules: list[LogitRules | None] = [None] * max_num_reqs
+        self.has_rules = np.zeros(max_num_reqs, dtype=bool)
+        self.logprobs: list[TokenLogprobs | None] = [None] * max_num_reqs
+        self.has_logprobs = np.zeros(max_num_reqs, dtype=bool)
 
         shape = (max_num_reqs, engine.canvas_length)
         self.canvas = torch.full(shape, engine.mask_token_id, dtype=torch.int64, device=device)
         self.pending_tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self.step = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         self.options = RowOptions(
-            max_steps=torch.ones(max_num_reqs, dtype=torch.int64, device=device),
-            confidence_threshold=torch.ones(max_num_reqs, dtype=torch.float32, device=device),
-            temperature=torch.zeros(max_num_reqs, dtype=torch.float32, device=device),
-            top_k=torch.zeros(max_num_reqs, dtype=torch.int64, device=device),
-            top_p=torch.ones(max_num_reqs, dtype=torch.float32, device=device),
-            min_p=torch.zeros(max_num_reqs, dtype=torch.float32, device=device),
-            seed=torch.zeros(max_num_reqs, dtype=torch.int64, device=device),
+            **{
+                name: torch.ones(max_num_reqs, dtype=_COLUMN_TYPES.get(name, torch.float32), device=device)
+                for name in RowOptions.__dataclass_fields__
+            }
         )
 
     def add(self, slot: int, request_id: str, params: SamplingParams) -> None:
@@ -69,12 +73,23 @@ class RequestTable:
         self.width[slot] = options.canvas_length
         self.pending[slot] = 0
         self.is_ar[slot] = options.mode == "ar"
+        self.is_mock_ar[slot] = options.mode == "mock_ar"
         self.is_random[slot] = params.temperature > 0
+        self.is_filtered[slot] = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+        self.scores_prompt[slot] = params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
+        self.strategy[slot] = self.strategy_names.index(options.strategy)
+        self.rules[slot] = LogitRules.of(params, self.vocab_size, self.device)
+        self.has_rules[slot] = self.rules[slot] is not None
+        self.logprobs[slot] = TokenLogprobs.of(params, options.canvas_length, self.vocab_size, self.device)
+        self.has_logprobs[slot] = self.logprobs[slot] is not None
         self.canvas[slot] = self.engine.mask_token_id
         self.step[slot] = 0
         values = RowOptions(
             max_steps=options.max_steps,
             confidence_threshold=options.confidence_threshold,
+            noise_schedule=list(NOISE_SCHEDULES).index(options.noise_schedule),
+            adaptive_unmasking=options.adaptive_unmasking,
+            remasking=REMASKING_SCORES.index(options.remasking),
             temperature=params.temperature,
             top_k=min(params.top_k, self.vocab_size) if params.top_k > 0 else self.vocab_size,
             top_p=params.top_p,

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import xgrammar
 from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -15,9 +16,14 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_twotower.model.two_tower import StepLogits
 
-from .block_sampler import STRATEGIES, draw, predict, probability, suppress_mask_token, uniform
-from .request_table import RequestTable, RowOptions
-from .step_plan import CanvasInputs, StepPlan
+from .block_sampler import draw, margin, predict, probability, suppress_mask_token, temper_and_filter
+from .logit_rules import UNDECIDED, Text
+from .request_table import RequestTable
+from .row_options import RowOptions
+from .step_plan import BlockInputs, StepPlan, TowerRows
+from .strategies import Commit, DenoiserPass
+from .token_logprobs import collect
+from .uniform import uniform
 
 
 class TwoTowerSampler:
@@ -25,9 +31,18 @@ class TwoTowerSampler:
 
     What it tells vLLM: a row that returns w tokens has sampled w, and of a canvas row's scheduled tokens those that
     were not returned are rejected, so that the next step starts at the same position again.
+
+    ``logprobs_mode`` is vLLM's: whether log-probabilities are those of the logits as the model gives them (``raw``) or
+    of the distribution that tokens are drawn from (``processed``).
     """
 
-    def __init__(self, sampler: Sampler, table: RequestTable, current_plan: Callable[[], StepPlan | None]):
+    def __init__(
+        self,
+        sampler: Sampler,
+        table: RequestTable,
+        current_plan: Callable[[], StepPlan | None],
+        logprobs_mode: str = "raw_logprobs",
+    ):
         # The runner reads these from any sampler it holds.
         self.req_states = sampler.req_states
         self.sampling_states = sampler.sampling_states
@@ -35,6 +50,8 @@ class TwoTowerSampler:
         self.penalties_state = SimpleNamespace(output_bin_counts=None)
         self._table = table
         self._current_plan = current_plan
+        self._scores_processed = logprobs_mode.startswith("processed")
+        self._scores_as_logits = logprobs_mode.endswith("logits")
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
         """Nothing: the model state has added the request to the table."""
@@ -45,49 +62,91 @@ class TwoTowerSampler:
     def __call__(self, logits: StepLogits, input_batch: InputBatch) -> SamplerOutput:
         """Samples for one step; ``logits`` are those of the current plan's rows."""
         plan, table = self._current_plan(), self._table
-        num_reqs, device = input_batch.num_reqs, table.canvas.device
+        num_reqs, device = input_batch.num_reqs, table.device
         sampled = torch.zeros(num_reqs, table.engine.canvas_length, dtype=torch.int64, device=device)
-        num_sampled = torch.zeros(num_reqs, dtype=torch.int32, device=device)
+        num_sampled = np.zeros(num_reqs, dtype=np.int32)
         if plan is None:  # memory is being profiled: draw for a step full of canvases
             predict(logits.denoiser.float())
-            return SamplerOutput(sampled, None, None, num_sampled, torch.zeros_like(num_sampled))
-        slots = input_batch.idx_mapping_np
+            nothing = torch.zeros(num_reqs, dtype=torch.int32, device=device)
+            return SamplerOutput(sampled, None, None, nothing, nothing.clone())
+        # Draft tokens are placeholders here, so the scheduler has none to check against a grammar.
+        input_batch.has_structured_output_reqs = False
+        slots, split = input_batch.idx_mapping_np, plan.split
         self._emit_committed(plan, slots, sampled, num_sampled)
-        self._next_tokens(plan, slots, logits.context)
-        if plan.canvas is not None:
-            self._denoise(plan, slots, logits.denoiser, sampled, num_sampled)
-        canvas_rows = np.where(input_batch.is_prefilling_np, 0, input_batch.num_scheduled_tokens)
-        scheduled = async_tensor_h2d(canvas_rows, device=device, dtype=torch.int32)
-        num_rejected = scheduled - num_sampled * (scheduled > 0)
-        return SamplerOutput(sampled, None, None, num_sampled, num_rejected)
+        context, denoiser = (None if x is None else x.float() for x in (logits.context, logits.denoiser))
+        grammar = _grammar_rows(logits, input_batch)
+        if context is not None:
+            rows = split.context.ordered(np.flatnonzero(split.next_token[split.context.batch_rows]))
+            tokens = self._next_tokens(rows, slots, context, grammar, sampled, num_sampled)
+            table.pending_tokens[self._device_slots(slots, rows), 0] = tokens
+        if split.num_mock_ar:
+            rows, first = split.mock_ar, len(denoiser) - split.num_mock_ar
+            tokens = self._next_tokens(rows, slots, denoiser[first:], grammar, sampled, num_sampled)
+            device_slots = self._device_slots(slots, rows)
+            table.pending_tokens[device_slots, 0] = plan.canvas.input_ids[first:].long()
+            table.canvas[device_slots, 0] = tokens
+        if plan.blocks is not None:
+            self._denoise(plan, slots, denoiser[: len(plan.blocks.places)], sampled, num_sampled)
+
+        is_block = ~(input_batch.is_prefilling_np[:num_reqs] | table.is_ar[slots] | table.is_mock_ar[slots])
+        rejected = is_block * (input_batch.num_scheduled_tokens[:num_reqs] - num_sampled)
+        wanted = {row: table.logprobs[slots[row]] for row in np.flatnonzero(table.has_logprobs[slots]).tolist()}
+        return SamplerOutput(
+            sampled_token_ids=sampled,
+            logprobs_tensors=collect(wanted, num_sampled.tolist()) if wanted else None,
+            num_nans=None,
+            num_sampled=async_tensor_h2d(num_sampled, device=device),
+            num_rejected=async_tensor_h2d(rejected, device=device, dtype=torch.int32),
+        )
+
+    def _device_slots(self, slots: np.ndarray, rows: TowerRows) -> torch.Tensor:
+        return async_tensor_h2d(slots[rows.batch_rows], device=self._table.device)
 
     def _emit_committed(
-        self, plan: StepPlan, slots: np.ndarray, sampled: torch.Tensor, num_sampled: torch.Tensor
+        self, plan: StepPlan, slots: np.ndarray, sampled: torch.Tensor, num_sampled: np.ndarray
     ) -> None:
         """Returns the pending tokens of rows that emit when they commit, and forgets what was committed."""
         table, emits = self._table, np.flatnonzero(plan.split.emits)
         if len(emits):
             rows = async_tensor_h2d(emits, device=sampled.device)
             sampled[rows] = table.pending_tokens[async_tensor_h2d(slots[emits], device=sampled.device)]
-            num_sampled[rows] = async_tensor_h2d(table.pending[slots[emits]], device=sampled.device, dtype=torch.int32)
+            num_sampled[emits] = table.pending[slots[emits]]
         table.pending[slots[plan.split.commits]] = 0
 
-    def _next_tokens(self, plan: StepPlan, slots: np.ndarray, logits: torch.Tensor | None) -> None:
-        """Chooses the next token of autoregressive rows from the context head's logits (A, V)."""
-        if logits is None:
-            return
-        table, rows = self._table, plan.split.context
-        chosen = plan.split.next_token[rows.batch_rows]
-        ar_slots = slots[rows.batch_rows[chosen]]
-        device_slots = async_tensor_h2d(ar_slots, device=logits.device)
-        position = async_tensor_h2d(rows.seq_lens[chosen], device=logits.device)
-        logits = logits.float()
+    def _next_tokens(
+        self,
+        rows: TowerRows,
+        slots: np.ndarray,
+        logits: torch.Tensor,
+        grammar: dict[int, np.ndarray],
+        sampled: torch.Tensor,
+        num_sampled: np.ndarray,
+    ) -> torch.Tensor:
+        """Chooses and returns the next token (A,) of autoregressive rows from fp32 logits (A, V)."""
+        table, device = self._table, logits.device
+        host_slots, batch_rows = slots[rows.batch_rows], rows.batch_rows
+        if chosen := [i for i, row in enumerate(batch_rows.tolist()) if row in grammar]:
+            bitmask = np.stack([grammar[int(batch_rows[i])] for i in chosen])
+            xgrammar.apply_token_bitmask_inplace(logits, async_tensor_h2d(bitmask, device=device), indices=chosen)
+        raw = self._apply_rules(rows, host_slots, logits, np.arange(len(rows) + 1), None)
         tokens = logits.argmax(-1)
-        hot = table.is_random[ar_slots]
-        if hot.any():
-            self._draw(tokens, logits, hot, table.options.rows(device_slots), position, torch.zeros_like(position), 0)
-        table.pending_tokens[device_slots, 0] = tokens
-        table.pending[ar_slots] = 1
+        hot = np.flatnonzero(table.is_random[host_slots])
+        if len(hot):
+            chosen = async_tensor_h2d(hot, device=device)
+            options = table.options.rows(async_tensor_h2d(host_slots[hot], device=device))
+            position = async_tensor_h2d(rows.seq_lens[hot], device=device)
+            zero = torch.zeros_like(position)
+            shaped = self._shape(logits[chosen], options, host_slots[hot])
+            tokens[chosen] = draw(shaped, uniform(options.seed, position, zero, zero))
+            self._keep_processed(raw, hot, shaped, np.arange(len(rows)))
+        for i in np.flatnonzero(table.has_logprobs[host_slots]).tolist():
+            one = slice(i, i + 1)
+            always = torch.ones(1, dtype=torch.bool, device=device)
+            table.logprobs[host_slots[i]].record(always, raw.get(i, logits[one]), tokens[one], self._scores_as_logits)
+        sampled[async_tensor_h2d(batch_rows, device=device), 0] = tokens
+        num_sampled[batch_rows] = 1
+        table.pending[host_slots] = 1
+        return tokens
 
     def _denoise(
         self,
@@ -95,73 +154,167 @@ class TwoTowerSampler:
         slots: np.ndarray,
         logits: torch.Tensor,
         sampled: torch.Tensor,
-        num_sampled: torch.Tensor,
+        num_sampled: np.ndarray,
     ) -> None:
-        """One denoising step of all canvas rows from logits (T, V); converged blocks become pending."""
-        table, canvas_rows = self._table, plan.canvas
-        engine, canvas = table.engine, table.canvas[canvas_rows.slots]
-        options, step = table.options.rows(canvas_rows.slots), table.step[canvas_rows.slots]
-        host_slots = slots[plan.split.canvas.batch_rows]
-        masked = (canvas == engine.mask_token_id) & canvas_rows.valid
-        prediction, confidence = self._predict(plan, host_slots, logits.float(), options, step)
-        commit = STRATEGIES["confidence_unmasking"](confidence, masked, step, options)
-        canvas = torch.where(commit & masked, prediction, canvas)
-        converged = ~(masked & ~commit).any(1)
+        """One denoising step of all blocks from fp32 logits (T, V); converged blocks become pending."""
+        table, blocks, rows = self._table, plan.blocks, plan.split.blocks
+        engine, host_slots = table.engine, slots[rows.batch_rows]
+        bounds = rows.query_start_loc
+        suppress_mask_token(logits, engine.mask_token_id)
+        scored = self._apply_rules(rows, host_slots, logits, bounds, blocks)
+        denoised = self._predict(blocks, rows, host_slots, logits, scored)
+        commit = self._commit(blocks, denoised)
+        positions = self._hold_back(blocks, rows, host_slots, denoised, commit.positions & blocks.masked)
+        canvas = torch.where(positions, denoised.prediction, blocks.canvas)
+        converged = ~(blocks.masked & ~positions).any(1)
+        for i in np.flatnonzero(table.has_logprobs[host_slots]).tolist():
+            n, of_row = int(rows.lengths[i]), slice(bounds[i], bounds[i + 1])
+            table.logprobs[host_slots[i]].record(
+                positions[i, :n], scored.get(i, logits[of_row]), denoised.prediction[i, :n], self._scores_as_logits
+            )
 
-        table.step[canvas_rows.slots] = torch.where(converged, 0, step + 1)
-        table.canvas[canvas_rows.slots] = canvas.masked_fill(converged[:, None], engine.mask_token_id)
-        pending = table.pending_tokens[canvas_rows.slots]
-        table.pending_tokens[canvas_rows.slots] = torch.where(converged[:, None], canvas, pending)
-        if engine.commit == "lazy":
-            sampled[canvas_rows.batch_rows] = canvas
-            num_sampled[canvas_rows.batch_rows] = (canvas_rows.lengths * converged).int()
+        table.step[blocks.slots] = torch.where(converged, 0, commit.step + 1)
+        table.canvas[blocks.slots] = canvas.masked_fill(converged[:, None], engine.mask_token_id)
+        pending = table.pending_tokens[blocks.slots]
+        table.pending_tokens[blocks.slots] = torch.where(converged[:, None], canvas, pending)
         # The next step's rows depend on which blocks converged; the runner reads the step's outcome here anyway.
         done = converged.cpu().numpy()
-        table.pending[host_slots[done]] = plan.split.canvas.lengths[done]
+        table.pending[host_slots[done]] = rows.lengths[done]
+        if engine.commit == "lazy":
+            sampled[blocks.batch_rows] = canvas
+            num_sampled[rows.batch_rows[done]] = rows.lengths[done]
+
+    def _text(self, slot: int, start: int, ahead: torch.Tensor) -> Text:
+        """The tokens of a request before position ``start``, and those from there on."""
+        prompt_len = int(self.req_states.prompt_len.np[slot])
+        tokens = self.req_states.all_token_ids.gpu[slot, :start].long()
+        return Text(tokens[:prompt_len], tokens[prompt_len:], ahead)
+
+    def _ahead(self, blocks: BlockInputs | None, row: int, length: int) -> torch.Tensor:
+        """What stands at the positions that a row predicts."""
+        if blocks is None:
+            return torch.full((1,), UNDECIDED, dtype=torch.int64, device=self._table.device)
+        return blocks.canvas[row, :length].masked_fill(blocks.masked[row, :length], UNDECIDED)
+
+    def _apply_rules(
+        self,
+        rows: TowerRows,
+        host_slots: np.ndarray,
+        logits: torch.Tensor,
+        bounds: np.ndarray,
+        blocks: BlockInputs | None,
+    ) -> dict[int, torch.Tensor]:
+        """Applies the requests' rules to their logits in place, row i's being ``logits[bounds[i]:bounds[i + 1]]``.
+
+        Returns the logits as they were, by row, where log-probabilities of these are wanted.
+        """
+        table, raw = self._table, {}
+        for i in np.flatnonzero(table.has_rules[host_slots]).tolist():
+            of_row = logits[bounds[i] : bounds[i + 1]]
+            if table.has_logprobs[host_slots[i]] and not self._scores_processed:
+                raw[i] = of_row.clone()
+            start = int(rows.seq_lens[i] if blocks is None else rows.starts[i])
+            text = self._text(host_slots[i], start, self._ahead(blocks, i, len(of_row)))
+            table.rules[host_slots[i]].apply(of_row, text)
+        return raw
+
+    def _shape(self, logits: torch.Tensor, options: RowOptions, host_slots: np.ndarray) -> torch.Tensor:
+        """Tempered and filtered logits of rows with a temperature; ``host_slots`` are theirs."""
+        if not self._table.is_filtered[host_slots].any():  # the filters sort the vocabulary
+            return logits / options.temperature[:, None]
+        return temper_and_filter(logits, options)
+
+    def _keep_processed(
+        self, scored: dict[int, torch.Tensor], hot: np.ndarray, shaped: torch.Tensor, row_of_token: np.ndarray
+    ) -> None:
+        """Notes the logits (n, V) that the rows of tokens ``hot`` (n,) draw from, if log-probabilities are of those."""
+        if self._scores_processed:
+            of_row = row_of_token[hot]
+            for row in np.unique(of_row).tolist():
+                first, end = np.searchsorted(of_row, (row, row + 1))
+                scored[row] = shaped[first:end]
 
     def _predict(
         self,
-        plan: StepPlan,
+        blocks: BlockInputs,
+        rows: TowerRows,
         host_slots: np.ndarray,
         logits: torch.Tensor,
-        options: RowOptions,
-        step: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predicted tokens and their confidences, both (R, S), from fp32 logits (T, V) of the packed canvas tokens."""
-        table, canvas = self._table, plan.canvas
-        suppress_mask_token(logits, table.engine.mask_token_id)
-        tokens, confidences = predict(logits)
-        hot_rows = table.is_random[host_slots]
-        if hot_rows.any():
-            rows = plan.split.canvas
-            hot = np.repeat(hot_rows, rows.lengths)
-            of_row = canvas.rows.row_of_token
-            column = async_tensor_h2d(rows.spread(np.zeros(len(rows), dtype=np.int64)), device=logits.device)
-            drawn = self._draw(tokens, logits, hot, options.rows(of_row), canvas.starts[of_row], step[of_row], column)
-            confidences[drawn] = probability(logits[drawn], tokens[drawn])
-        return _unpack(tokens, canvas), _unpack(confidences, canvas)
+        scored: dict[int, torch.Tensor],
+    ) -> DenoiserPass:
+        """Predictions and what the strategies ask of them, from fp32 logits (T, V) of the blocks' tokens."""
+        table = self._table
+        needs = frozenset().union(*(table.strategies[i].needs for i in np.unique(blocks.strategy)))
+        tokens, confidence = predict(logits)
+        energy = confidence.log() if "energy" in needs else None
+        row_of_token = rows.row_of_token()
+        hot = np.flatnonzero(table.is_random[host_slots][row_of_token])
+        if len(hot):
+            chosen = async_tensor_h2d(hot, device=logits.device)
+            of_row = blocks.row_of_token[chosen]
+            options = blocks.options.rows(of_row)
+            hot_logits = logits[chosen]
+            shaped = self._shape(hot_logits, options, host_slots[row_of_token[hot]])
+            number = uniform(options.seed, blocks.starts[of_row], blocks.step[of_row], blocks.column[chosen])
+            tokens[chosen] = draw(shaped, number)
+            confidence[chosen] = probability(hot_logits, tokens[chosen])
+            if energy is not None:
+                energy[chosen] = options.temperature * shaped.logsumexp(-1) - hot_logits.logsumexp(-1)
+            self._keep_processed(scored, hot, shaped, row_of_token)
 
-    @staticmethod
-    def _draw(
-        tokens: torch.Tensor,
-        logits: torch.Tensor,
-        hot: np.ndarray,
-        options: RowOptions,
-        position: torch.Tensor,
-        step: torch.Tensor,
-        column: torch.Tensor | int,
+        def by_row(values: torch.Tensor | None) -> torch.Tensor | None:
+            """(T,) -> (R, S), zero where a row is shorter."""
+            if values is None:
+                return None
+            empty = values.new_zeros(blocks.valid.numel())
+            return empty.index_copy_(0, blocks.places, values).view(blocks.valid.shape)
+
+        return DenoiserPass(
+            prediction=by_row(tokens),
+            confidence=by_row(confidence),
+            masked=blocks.masked,
+            step=blocks.step,
+            start=blocks.starts,
+            width=blocks.lengths,
+            margin=by_row(margin(logits) if "margin" in needs else None),
+            energy=by_row(energy),
+        )
+
+    def _commit(self, blocks: BlockInputs, denoised: DenoiserPass) -> Commit:
+        """What each row's strategy commits."""
+        result = Commit(torch.zeros_like(blocks.masked), blocks.step.clone())
+        for index, rows in blocks.strategy_rows():
+            of_strategy = self._table.strategies[index].commit
+            if rows is None:
+                return of_strategy(denoised, blocks.options)
+            commit = of_strategy(denoised.rows(rows), blocks.options.rows(rows))
+            result.positions[rows], result.step[rows] = commit.positions, commit.step
+        return result
+
+    def _hold_back(
+        self,
+        blocks: BlockInputs,
+        rows: TowerRows,
+        host_slots: np.ndarray,
+        denoised: DenoiserPass,
+        positions: torch.Tensor,
     ) -> torch.Tensor:
-        """Replaces ``tokens`` (T,) where ``hot`` (T,) by draws; returns the indices of those rows.
+        """The positions (R, S) without those whose tokens would make up a request's banned phrase."""
+        table = self._table
+        for i in np.flatnonzero(table.has_rules[host_slots]).tolist():
+            rules = table.rules[host_slots[i]]
+            if rules.phrases:
+                n = int(rows.lengths[i])
+                new = positions[i, :n]
+                ahead = torch.where(new, denoised.prediction[i, :n], self._ahead(blocks, i, n))
+                text = self._text(host_slots[i], int(rows.starts[i]), ahead)
+                positions[i, :n] = rules.hold_back(text, new, denoised.confidence[i, :n])
+        return positions
 
-        The numbers depend on (seed, block, step, position) alone; a block is known by its first position.
-        """
-        rows = async_tensor_h2d(np.flatnonzero(hot), device=logits.device)
-        column = torch.as_tensor(column, device=logits.device).expand(len(tokens))
-        number = uniform(options.seed[rows], position[rows], step[rows], column[rows])
-        tokens[rows] = draw(logits[rows], options.rows(rows), number)
-        return rows
 
-
-def _unpack(values: torch.Tensor, canvas: CanvasInputs) -> torch.Tensor:
-    """(T,) of packed canvas tokens -> (R, S), zero where a row is shorter."""
-    return values.new_zeros(canvas.valid.numel()).index_copy_(0, canvas.places, values).view(canvas.valid.shape)
+def _grammar_rows(logits: StepLogits, input_batch: InputBatch) -> dict[int, np.ndarray]:
+    """The grammar's bitmask (V / 32,) of each batch row that has one."""
+    if logits.grammar is None:
+        return {}
+    row_of = {name: row for row, name in enumerate(input_batch.req_ids)}
+    return {row_of[name]: mask for name, mask in zip(*logits.grammar, strict=True)}

@@ -1,14 +1,18 @@
 """Which tokens of which rows each tower runs in one engine step.
 
-A scheduled row is a prompt chunk, which the context tower reads; or a canvas. A canvas row that holds tokens the
-context tower has not read (a finished block, an autoregressive request's next token) commits them first, and a canvas
-that is still being filled runs through the denoiser. With the lazy commit one row does both in one step: the context
-tower reads the finished block, and the denoiser starts the next.
+A scheduled row is a prompt chunk, which the context tower reads; or a canvas; or the newest token of an autoregressive
+request. A canvas row that holds a block the context tower has not read commits it first, and a canvas that is still
+being filled runs through the denoiser. With the lazy commit one row does both in one step: the context tower reads the
+finished block, and the denoiser starts the next.
+
+An ``ar`` row is as in any causal model: the context tower reads its newest token. A ``mock_ar`` row, NVIDIA's debugging
+mode, runs the denoiser without time conditioning on the newest token alone, after the context tower has read the token
+before it; so the last prompt token is the denoiser's too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +22,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_twotower.model.denoiser import CanvasRows
 
 from .request_table import RequestTable
+from .row_options import RowOptions
 
 
 @dataclass
@@ -61,16 +66,28 @@ class TowerRows:
 class RowSplit:
     """What each row of vLLM's batch does in this step.
 
-    ``context`` and ``canvas`` are the towers' rows. Masks over the batch's rows: ``commits`` (tokens the context tower
-    reads were pending), ``emits`` (these tokens are also returned in this step), ``next_token`` (the context head
-    gives the row's next token).
+    ``context`` and ``canvas`` are the towers' rows; the last ``num_mock_ar`` canvas rows are the single tokens of
+    ``mock_ar`` requests, the others blocks. Masks over the batch's rows: ``commits`` (tokens the context tower reads
+    were pending), ``emits`` (these tokens are also returned in this step), ``next_token`` (the context head gives the
+    row's next token).
     """
 
     context: TowerRows
     canvas: TowerRows
+    num_mock_ar: int
     commits: np.ndarray
     emits: np.ndarray
     next_token: np.ndarray
+
+    @property
+    def blocks(self) -> TowerRows:
+        """The canvas rows that are blocks."""
+        return self.canvas.ordered(np.arange(len(self.canvas) - self.num_mock_ar))
+
+    @property
+    def mock_ar(self) -> TowerRows:
+        """The canvas rows that are single tokens of ``mock_ar`` requests."""
+        return self.canvas.ordered(np.arange(len(self.canvas) - self.num_mock_ar, len(self.canvas)))
 
 
 def split_rows(
@@ -88,58 +105,102 @@ def split_rows(
     ``query_start`` is where a row's tokens begin in vLLM's batch. A canvas that was scheduled in part, because the
     token budget ran out, does nothing; near ``max_model_len`` a canvas is as wide as the room left.
     """
-    width, pending, is_ar = table.width[slots], table.pending[slots], table.is_ar[slots]
+    width, pending, is_ar, is_mock = (
+        column[slots] for column in (table.width, table.pending, table.is_ar, table.is_mock_ar)
+    )
     prefill = num_computed < prefill_len
+    ends_prefill = prefill & (num_computed + num_scheduled >= prefill_len)
     whole = ~prefill & (num_scheduled == np.minimum(width, max_model_len - num_computed))
     commits = whole & (pending > 0)
-    emits = commits if not lazy_commit else commits & is_ar
-    denoises = whole & ~is_ar & (lazy_commit | (pending == 0))
-    next_token = is_ar & (commits | (prefill & (num_computed + num_scheduled >= prefill_len)))
+    emits = commits & ~is_ar & ~is_mock & (not lazy_commit)
+    next_token = is_ar & (commits | ends_prefill)
+    mock = is_mock & (whole | ends_prefill)
+    denoises = whole & ~is_ar & ~is_mock & (lazy_commit | (pending == 0))
 
-    # Token sources: first the pending tokens of all slots, then vLLM's input ids.
-    slot_tokens = slots * table.engine.canvas_length
-    rows = np.flatnonzero(prefill | commits)
-    committing = commits[rows]
+    # Where a row's tokens lie: in the table, a canvas's length a slot, or after it, among vLLM's input ids.
+    in_table = slots * table.engine.canvas_length
+    in_batch = table.canvas.numel() + query_start
+    # Tokens that were returned before they are committed lie before the scheduled ones.
+    behind = commits & ~is_ar & (lazy_commit | is_mock)
+    lengths = np.where(commits, pending, num_scheduled - (mock & prefill))
+    rows = np.flatnonzero((prefill | commits) & (lengths > 0))
     context = TowerRows(
         rows,
-        np.where(committing & ~emits[rows], num_computed[rows] - pending[rows], num_computed[rows]),
-        np.where(committing, pending[rows], num_scheduled[rows]),
-        np.where(committing, slot_tokens[rows], table.pending_tokens.numel() + query_start[rows]),
+        (num_computed - behind * pending)[rows],
+        lengths[rows],
+        np.where(commits, in_table, in_batch)[rows],
     )
     # vLLM's Mamba metadata takes one-token rows with a state for decodes, which come first (mamba_attn.py).
     context = context.ordered(np.argsort(~((context.lengths == 1) & (context.starts > 0)), kind="stable"))
-    rows = np.flatnonzero(denoises)
-    canvas = TowerRows(rows, num_computed[rows], num_scheduled[rows], slot_tokens[rows])
-    return RowSplit(context, canvas, commits, emits, next_token)
+
+    rows = np.concatenate((np.flatnonzero(denoises), np.flatnonzero(mock)))
+    skipped = np.where(mock & prefill, num_scheduled - 1, 0)
+    canvas = TowerRows(
+        rows,
+        (num_computed + skipped)[rows],
+        (num_scheduled - skipped)[rows],
+        np.where(prefill, in_batch + skipped, in_table)[rows],
+    )
+    return RowSplit(context, canvas, int(mock.sum()), commits, emits, next_token)
 
 
 @dataclass
 class ContextInputs:
-    """The context tower's tokens (T,), their positions, and the tokens whose logits are needed (or None)."""
+    """The context tower's tokens (T,), their positions, and the tokens whose logits are needed (or None).
+
+    ``prompt_tokens`` (2, n), if a prompt's log-probabilities are asked for: indices of prompt tokens here, and where
+    they lie in vLLM's batch.
+    """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     logits_indices: torch.Tensor | None
+    prompt_tokens: torch.Tensor | None
 
 
 @dataclass
 class CanvasInputs:
-    """The denoiser's tokens (T,), how they lie in rows, and what the sampler needs of the rows.
-
-    ``slots``, ``batch_rows``, ``starts`` (the canvas's first position), ``lengths`` and ``masked_fraction`` are (R,);
-    ``places`` (T,) is where each token lies in the R canvases of the served length S, flattened; ``valid`` (R, S) are
-    the positions that exist.
-    """
+    """The denoiser's tokens (T,), how they lie in rows, and each row's time (R,)."""
 
     input_ids: torch.Tensor
     rows: CanvasRows
+    time: torch.Tensor
+
+
+@dataclass
+class BlockInputs:
+    """What the sampler needs of the canvases that are blocks, R rows of T tokens.
+
+    ``slots``, ``batch_rows``, ``starts`` (the canvas's first position) and ``lengths`` are (R,); ``row_of_token`` and
+    ``places`` (T,) say which row a token belongs to and where it lies in the R canvases of the served length S,
+    flattened; ``valid`` (R, S) are the positions that exist; ``masked`` (R, S) those still to fill; ``step`` (R,).
+    """
+
     slots: torch.Tensor
     batch_rows: torch.Tensor
     starts: torch.Tensor
     lengths: torch.Tensor
+    row_of_token: torch.Tensor
     places: torch.Tensor
     valid: torch.Tensor
-    masked_fraction: torch.Tensor
+    canvas: torch.Tensor
+    masked: torch.Tensor
+    step: torch.Tensor
+    options: RowOptions
+    strategy: np.ndarray
+    """(R,) on the host: indices into the table's strategies."""
+
+    @property
+    def column(self) -> torch.Tensor:
+        """(T,): where each token lies in its row."""
+        return self.places % self.valid.shape[1]
+
+    def strategy_rows(self) -> Iterator[tuple[int, torch.Tensor | None]]:
+        """The strategies in use, each with the rows that use it; None where all rows do."""
+        used = np.unique(self.strategy)
+        for index in used:
+            rows = np.flatnonzero(self.strategy == index)
+            yield int(index), None if len(used) == 1 else async_tensor_h2d(rows, device=self.slots.device)
 
 
 @dataclass
@@ -149,42 +210,79 @@ class StepPlan:
     split: RowSplit
     context: ContextInputs | None
     canvas: CanvasInputs | None
+    blocks: BlockInputs | None
     slot_mapping: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def context_inputs(split: RowSplit, table: RequestTable, input_ids: torch.Tensor) -> ContextInputs | None:
-    """The context tower's tokens, gathered from pending blocks and vLLM's input ids (T,)."""
+def context_inputs(
+    split: RowSplit, table: RequestTable, slots: np.ndarray, query_start: np.ndarray, input_ids: torch.Tensor
+) -> ContextInputs | None:
+    """The context tower's tokens, gathered from pending blocks and vLLM's input ids (T,); arguments as vLLM's batch."""
     rows, device = split.context, input_ids.device
     if not len(rows):
         return None
     sources = async_tensor_h2d(rows.spread(rows.sources), device=device)
     last = (rows.query_start_loc[1:] - 1)[split.next_token[rows.batch_rows]]
+    scored = table.scores_prompt[slots[rows.batch_rows]] & ~split.commits[rows.batch_rows]
+    prompt_tokens = None
+    if scored.any():
+        in_batch = rows.spread(query_start[rows.batch_rows])
+        chosen = np.flatnonzero(np.repeat(scored, rows.lengths))
+        prompt_tokens = async_tensor_h2d(np.stack((chosen, in_batch[chosen])), device=device)
     return ContextInputs(
         input_ids=torch.cat((table.pending_tokens.view(-1), input_ids))[sources],
         positions=async_tensor_h2d(rows.spread(rows.starts), device=device),
         logits_indices=async_tensor_h2d(last, device=device, dtype=torch.int64) if len(last) else None,
+        prompt_tokens=prompt_tokens,
+    )
+
+
+def block_inputs(split: RowSplit, table: RequestTable, slots: np.ndarray) -> BlockInputs | None:
+    """The sampler's view of the canvases; ``slots`` are those of vLLM's batch."""
+    rows, device, served = split.blocks, table.device, table.engine.canvas_length
+    if not len(rows):
+        return None
+    host_slots = slots[rows.batch_rows]
+    device_slots = async_tensor_h2d(host_slots, device=device)
+    lengths = async_tensor_h2d(rows.lengths, device=device)
+    valid = torch.arange(served, device=device) < lengths[:, None]
+    canvas = table.canvas[device_slots]
+    return BlockInputs(
+        slots=device_slots,
+        batch_rows=async_tensor_h2d(rows.batch_rows, device=device),
+        starts=async_tensor_h2d(rows.starts, device=device),
+        lengths=lengths,
+        row_of_token=async_tensor_h2d(rows.row_of_token(), device=device),
+        places=async_tensor_h2d(rows.spread(np.arange(len(rows)) * served), device=device),
+        valid=valid,
+        canvas=canvas,
+        masked=(canvas == table.engine.mask_token_id) & valid,
+        step=table.step[device_slots],
+        options=table.options.rows(device_slots),
+        strategy=table.strategy[host_slots],
     )
 
 
 def canvas_inputs(
-    split: RowSplit, table: RequestTable, slots: np.ndarray, state_indices: Mapping[str, torch.Tensor]
+    split: RowSplit,
+    table: RequestTable,
+    blocks: BlockInputs | None,
+    input_ids: torch.Tensor,
+    state_indices: Mapping[str, torch.Tensor],
 ) -> CanvasInputs | None:
-    """The denoiser's tokens and rows; ``slots`` are those of vLLM's batch, ``state_indices`` as in ``CanvasRows``."""
-    rows, device = split.canvas, table.canvas.device
+    """The denoiser's tokens and rows; ``input_ids`` (T,) are vLLM's, ``state_indices`` as in ``CanvasRows``."""
+    rows, device = split.canvas, table.device
     if not len(rows):
         return None
-    served, width = table.engine.canvas_length, int(rows.lengths.max())
-    device_slots = async_tensor_h2d(slots[rows.batch_rows], device=device)
-    lengths = async_tensor_h2d(rows.lengths, device=device)
-    valid = torch.arange(served, device=device) < lengths[:, None]
-    canvas = table.canvas[device_slots]
-    masked = ((canvas == table.engine.mask_token_id) & valid).sum(1)
-    places = async_tensor_h2d(rows.spread(np.arange(len(rows)) * served), device=device)
+    width = int(rows.lengths.max())
     ragged = bool((rows.lengths != width).any())
     firsts = rows.query_start_loc[:-1]
     token_of_position = np.minimum(firsts[:, None] + np.arange(width), rows.query_start_loc[1:, None] - 1).ravel()
+    is_mock_ar = np.arange(len(rows)) >= len(rows) - split.num_mock_ar
     return CanvasInputs(
-        input_ids=canvas.view(-1)[places],
+        input_ids=torch.cat((table.canvas.view(-1), input_ids))[
+            async_tensor_h2d(rows.spread(rows.sources), device=device)
+        ],
         rows=CanvasRows(
             num_rows=len(rows),
             width=width,
@@ -194,15 +292,25 @@ def canvas_inputs(
             if ragged
             else None,
             state_indices=state_indices,
+            unconditioned=async_tensor_h2d(is_mock_ar, device=device) if split.num_mock_ar else None,
+            without_context=async_tensor_h2d(rows.starts == 0, device=device) if (rows.starts == 0).any() else None,
         ),
-        slots=device_slots,
-        batch_rows=async_tensor_h2d(rows.batch_rows, device=device),
-        starts=async_tensor_h2d(rows.starts, device=device),
-        lengths=lengths,
-        places=places,
-        valid=valid,
-        masked_fraction=masked / lengths,
+        time=torch.cat((_times(blocks, table), torch.ones(split.num_mock_ar, device=device))),
     )
+
+
+def _times(blocks: BlockInputs | None, table: RequestTable) -> torch.Tensor:
+    """The time (R,) of each block, as its strategy has it."""
+    if blocks is None:
+        return torch.empty(0, device=table.device)
+    time = blocks.masked.sum(1) / blocks.lengths
+    for index, rows in blocks.strategy_rows():
+        of_strategy = table.strategies[index].time
+        if rows is None:
+            time = of_strategy(time, blocks.step, blocks.options)
+        else:
+            time[rows] = of_strategy(time[rows], blocks.step[rows], blocks.options.rows(rows))
+    return time
 
 
 def page_slots(rows: TowerRows, block_tables: Sequence[torch.Tensor], block_sizes: Sequence[int]) -> torch.Tensor:

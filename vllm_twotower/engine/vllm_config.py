@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+SCHEDULER_CLS = "vllm_twotower.engine.scheduler.TwoTowerScheduler"
+
 
 class TwoTowerModelConfig(VerifyAndUpdateConfig):
     """The hooks that vLLM calls for this architecture while it builds its configuration."""
@@ -47,9 +49,13 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
             max_denoising_steps=diffusion.max_denoising_steps,
             mask_token_id=getattr(hf_config, "mask_token_id", None),
             vocab_size=vllm_config.model_config.get_vocab_size(),
+            request_metrics=vllm_config.observability_config.per_request_spec_decode_metrics,
         )
         options.store(vllm_config.model_config)
+        # Later vLLM refuses this without a speculative configuration; our scheduler takes the level from the options.
+        vllm_config.observability_config.per_request_spec_decode_metrics = "none"
         _refuse_uncommitted_blocks_in_caches(vllm_config, options)
+        _choose_scheduler(vllm_config)
         _fit_scheduler(vllm_config, options)
         # The two towers run on different rows of a step, so a whole-step graph or compiled forward does not apply.
         vllm_config.compilation_config.mode = CompilationMode.NONE
@@ -117,6 +123,27 @@ def _refuse_uncommitted_blocks_in_caches(vllm_config: VllmConfig, options: Engin
         raise ValueError(
             f"kv_transfer_config.kv_connector={connector!r} is not supported for TwoTower models: {reason}"
         )
+
+
+def _choose_scheduler(vllm_config: VllmConfig) -> None:
+    """The package's scheduler, unless the user has chosen one that is built on it."""
+    config = vllm_config.scheduler_config
+    if config.scheduler_cls is None:
+        config.scheduler_cls = SCHEDULER_CLS
+        return
+    from vllm_twotower.engine.scheduler import TwoTowerScheduler
+
+    try:
+        chosen = config.get_scheduler_cls()
+    except (ImportError, AttributeError, ValueError) as error:
+        chosen, cause = None, error
+    else:
+        cause = None
+    if not (isinstance(chosen, type) and issubclass(chosen, TwoTowerScheduler)):
+        raise ValueError(
+            f"scheduler_cls={config.scheduler_cls!r} is not supported for TwoTower models: it must be {SCHEDULER_CLS} "
+            "or a subclass of it"
+        ) from cause
 
 
 def _fit_scheduler(vllm_config: VllmConfig, options: EngineOptions) -> None:

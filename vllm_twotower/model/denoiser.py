@@ -47,6 +47,10 @@ class CanvasRows:
     position_of_token: Tensor | None
     """(T,) int64: where each token lies in (R * S); None if no row is shorter."""
     state_indices: Mapping[str, Tensor] = field(default_factory=dict)
+    unconditioned: Tensor | None = None
+    """(R,) bool: rows without time conditioning; None if there are none."""
+    without_context: Tensor | None = None
+    """(R,) bool: rows before which there is no token, so no state; None if there are none."""
 
     def pad(self, x: Tensor) -> Tensor:
         """(T, D) -> (R, S, D)."""
@@ -129,8 +133,11 @@ class DenoiserMambaMixer(MambaMixer2):
                 ),
             )
         conv_cache, ssm_cache = get_forward_context().no_compile_layers[name].kv_cache
-        conv = conv_cache[indices]
-        return (conv.transpose(1, 2) if is_conv_state_dim_first() else conv), ssm_cache[indices].float()
+        conv, ssm = conv_cache[indices], ssm_cache[indices].float()
+        if rows.without_context is not None:
+            conv = conv.masked_fill(rows.without_context[:, None, None], 0)
+            ssm = ssm.masked_fill(rows.without_context[:, None, None, None], 0)
+        return (conv.transpose(1, 2) if is_conv_state_dim_first() else conv), ssm
 
     def forward(self, hidden_states: Tensor, rows: CanvasRows) -> Tensor:
         """(T, H) -> (T, H)."""
@@ -243,6 +250,13 @@ class DenoiserTower(NemotronHModel):
         """
         x = self.embed_input_ids(input_ids)
         shared = shared[rows.row_of_token]
+        if rows.unconditioned is not None:
+            unconditioned = rows.unconditioned[rows.row_of_token, None, None]
+            # Shift 0, scale 0, gate 1.
+            neutral = shared.new_tensor([0, 0, 1])[:, None]
         for layer, table in zip(self.layers, tables, strict=True):
-            x = layer(x, shared + table, rows)
+            modulation = shared + table
+            if rows.unconditioned is not None:
+                modulation = torch.where(unconditioned, neutral, modulation)
+            x = layer(x, modulation, rows)
         return self.norm_f(x)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -31,10 +32,29 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepLogits:
-    """Logits of a step: context head (A, V) for autoregressive rows, denoiser head (T, V) for canvas tokens."""
+    """Logits of a step: context head (A, V) for autoregressive rows, denoiser head (T, V) for canvas tokens.
+
+    ``grammar`` holds, for requests with structured outputs, their ids and a bitmask (requests, V / 32) int32 of the
+    tokens that may come next.
+    """
 
     context: Tensor | None
     denoiser: Tensor | None
+    grammar: tuple[Sequence[str], np.ndarray] | None = None
+
+    @property
+    def shape(self) -> tuple[int]:
+        """The number of logit rows: vLLM's runner applies a grammar if there are any."""
+        return (sum(len(logits) for logits in (self.context, self.denoiser) if logits is not None),)
+
+
+@dataclass
+class _StepHidden:
+    """Hidden states whose logits a step needs, as in :class:`StepLogits`; or ``profiling``."""
+
+    context: Tensor | None = None
+    denoiser: Tensor | None = None
+    profiling: bool = False
 
 
 class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
@@ -97,7 +117,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
             for name in (maybe_prefix(prefix, "context_lm_head"), maybe_prefix(prefix, "lm_head"))
         )
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        self._step_hidden: tuple[Tensor | None, Tensor | None] | None = None
+        self._step_hidden: _StepHidden | None = None
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Embeddings (T, H) of the context tower."""
@@ -113,43 +133,53 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
     ) -> Tensor:
         """Runs the planned step and keeps the hidden states that need logits for :meth:`compute_logits`.
 
-        Without a plan, memory is being profiled: both towers run over all of ``input_ids`` (T,). Returns hidden
-        states (T, H) then, and otherwise (T, 0), since the rows that vLLM's runner would pick are not the ones here.
+        Without a plan, memory is being profiled: both towers run over all of ``input_ids`` (T,). Returns hidden states
+        (T, H) then, and where a prompt's log-probabilities are asked for, of which only that prompt's are set.
+        Otherwise (T, 0), since the rows that vLLM's runner would pick are not the ones here.
         """
         if plan is None:
             return self._profile(input_ids, positions)
-        context_hidden = denoiser_hidden = None
+        self._step_hidden = kept = _StepHidden()
+        result = positions.new_empty((len(positions), 0))
         forward_context = get_forward_context()
         forward_context.slot_mapping = plan.slot_mapping
         forward_context.is_padding = None
         if plan.context is not None:
             hidden = self.context_tower(plan.context.input_ids, plan.context.positions)
             if plan.context.logits_indices is not None:
-                context_hidden = hidden[plan.context.logits_indices]
+                kept.context = hidden[plan.context.logits_indices]
+            if plan.context.prompt_tokens is not None:
+                here, in_batch = plan.context.prompt_tokens
+                result = hidden.new_zeros((len(positions), hidden.shape[1])).index_copy_(0, in_batch, hidden[here])
         if plan.canvas is not None:
-            denoiser_hidden = self._denoise(plan.canvas.input_ids, plan.canvas.rows, plan.canvas.masked_fraction)
-        self._step_hidden = (context_hidden, denoiser_hidden)
-        return positions.new_empty((len(positions), 0))
+            kept.denoiser = self._denoise(plan.canvas.input_ids, plan.canvas.rows, plan.canvas.time)
+        return result
 
-    def _denoise(self, input_ids: Tensor, rows: CanvasRows, masked_fraction: Tensor) -> Tensor:
+    def _denoise(self, input_ids: Tensor, rows: CanvasRows, time: Tensor) -> Tensor:
         conditioning = self.time_conditioning
-        return self.denoiser_tower(input_ids, rows, conditioning(masked_fraction), conditioning.scale_shift_tables)
+        return self.denoiser_tower(input_ids, rows, conditioning(time), conditioning.scale_shift_tables)
 
     def _profile(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        self._step_hidden = _StepHidden(profiling=True)
         self.context_tower(input_ids, positions)
         rows = CanvasRows.for_profiling(len(input_ids), self.options.canvas_length, input_ids.device)
         return self._denoise(input_ids, rows, torch.ones(rows.num_rows, device=input_ids.device))
 
-    def compute_logits(self, hidden_states: Tensor) -> StepLogits:
-        """The logits of the rows that ``forward`` kept; while profiling, those of a step full of canvases."""
-        if self._step_hidden is None:
+    def compute_logits(self, hidden_states: Tensor) -> StepLogits | Tensor:
+        """The logits of the rows that ``forward`` kept; while profiling, those of a step full of canvases.
+
+        Called again in the same step, for a prompt's log-probabilities: the context head's (n, V) of its hidden states
+        (n, H).
+        """
+        kept, self._step_hidden = self._step_hidden, None
+        if kept is None:
+            return self.logits_processor(self.context_lm_head, hidden_states)
+        if kept.profiling:
             rows = min(len(hidden_states) * self.options.canvas_length, self.max_num_tokens)
             return StepLogits(None, self.logits_processor(self.lm_head, hidden_states[:1].expand(rows, -1)))
-        context_hidden, denoiser_hidden = self._step_hidden
-        self._step_hidden = None
         return StepLogits(
-            None if context_hidden is None else self.logits_processor(self.context_lm_head, context_hidden),
-            None if denoiser_hidden is None else self.logits_processor(self.lm_head, denoiser_hidden),
+            None if kept.context is None else self.logits_processor(self.context_lm_head, kept.context),
+            None if kept.denoiser is None else self.logits_processor(self.lm_head, kept.denoiser),
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -1,0 +1,128 @@
+"""What a TwoTower engine counts: a step's costs, a request's denoiser passes, and the Prometheus metrics of both.
+
+``docs/metrics.md`` lists every metric.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import prometheus_client
+from vllm.config import SpeculativeConfig
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
+from vllm.v1.metrics.utils import create_metric_per_engine
+from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
+
+CONTEXT_PASSES = "vllm:twotower_num_context_passes"
+BLOCKS = "vllm:twotower_num_blocks"
+FORCED_BLOCKS = "vllm:twotower_num_forced_blocks"
+STEPS_PER_BLOCK = "vllm:twotower_denoising_steps_per_block"
+
+HELP = {
+    CONTEXT_PASSES: "Number of rows the context tower ran: prompt chunks, finished blocks and autoregressive tokens.",
+    BLOCKS: "Number of finished blocks.",
+    FORCED_BLOCKS: "Number of finished blocks that took the most denoising steps their request allows.",
+    STEPS_PER_BLOCK: "Histogram of denoising steps per finished block.",
+}
+STEPS_BUCKETS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64]
+
+
+@dataclass
+class StepCosts:
+    """What one engine step cost, summed over its requests.
+
+    A pass is one tower's run over one row. ``denoiser_passes`` looked at ``canvas_positions`` positions;
+    ``steps_per_block`` has the denoiser passes of each block that was finished, ``forced_blocks`` counts those that
+    took all that their request allows, and ``committed_tokens`` are the tokens of all of them.
+    """
+
+    denoiser_passes: int = 0
+    canvas_positions: int = 0
+    committed_tokens: int = 0
+    context_passes: int = 0
+    forced_blocks: int = 0
+    steps_per_block: list[int] = field(default_factory=list)
+
+    def pack(self, num_spec_tokens: int) -> SpecDecodingStats | None:
+        """The costs in the form that reaches the front end, ``None`` if there are none.
+
+        vLLM decodes its statistics strictly, but leaves the list of accepted tokens by position to diffusion models:
+        here it holds context passes, forced blocks, and then the denoiser passes of each finished block.
+        """
+        if self == StepCosts():
+            return None
+        return SpecDecodingStats(
+            num_spec_tokens,
+            num_drafts=self.denoiser_passes,
+            num_draft_tokens=self.canvas_positions,
+            num_accepted_tokens=self.committed_tokens,
+            num_accepted_tokens_per_pos=[self.context_passes, self.forced_blocks, *self.steps_per_block],
+        )
+
+    @classmethod
+    def unpack(cls, stats: SpecDecodingStats) -> StepCosts:
+        """The reverse of :meth:`pack`."""
+        context_passes, forced_blocks, *steps_per_block = stats.num_accepted_tokens_per_pos
+        return cls(
+            denoiser_passes=stats.num_drafts,
+            canvas_positions=stats.num_draft_tokens,
+            committed_tokens=stats.num_accepted_tokens,
+            context_passes=context_passes,
+            forced_blocks=forced_blocks,
+            steps_per_block=steps_per_block,
+        )
+
+
+class RequestDenoisingMetrics(RequestSpecDecodeMetrics):
+    """One request's denoiser passes: ``histogram[n]`` of them committed a block of n tokens, n = 0 none.
+
+    A pass over w positions has proposed w tokens, and the pass after which a block was whole has accepted its tokens.
+    """
+
+    def observe(self, num_draft_tokens: int, num_accepted: int, detailed: bool = False) -> None:
+        """Nothing: vLLM calls this for every scheduled canvas, whether the denoiser ran on it or not."""
+
+    def add_pass(self, num_positions: int, detailed: bool) -> None:
+        """Counts a pass; ``detailed`` also keeps it in the lists of all passes."""
+        super().observe(num_positions, 0, detailed)
+
+    def finish_block(self, num_tokens: int) -> None:
+        """Credits the last pass with the block that it made whole."""
+        self.histogram[0] -= 1
+        self.histogram[num_tokens] += 1
+        if self.per_step_accepted:
+            self.per_step_accepted[-1] = num_tokens
+
+
+class TwoTowerProm(SpecDecodingProm):
+    """vLLM's three diffusion metrics, and those of :data:`HELP`."""
+
+    _histogram_cls = prometheus_client.Histogram
+
+    def __init__(
+        self,
+        speculative_config: SpeculativeConfig | None,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+        is_diffusion: bool = False,
+    ):
+        super().__init__(speculative_config, labelnames, per_engine_labelvalues, is_diffusion)
+        self._metrics = {
+            name: create_metric_per_engine(
+                self._histogram_cls(name=name, documentation=text, labelnames=labelnames, buckets=STEPS_BUCKETS)
+                if name == STEPS_PER_BLOCK
+                else self._counter_cls(name=name, documentation=text, labelnames=labelnames),
+                per_engine_labelvalues,
+            )
+            for name, text in HELP.items()
+        }
+
+    def observe(self, spec_decoding_stats: SpecDecodingStats, engine_idx: int = 0) -> None:
+        """Adds the packed costs of one step of one engine."""
+        super().observe(spec_decoding_stats, engine_idx)
+        costs = StepCosts.unpack(spec_decoding_stats)
+        self._metrics[CONTEXT_PASSES][engine_idx].inc(costs.context_passes)
+        self._metrics[BLOCKS][engine_idx].inc(len(costs.steps_per_block))
+        self._metrics[FORCED_BLOCKS][engine_idx].inc(costs.forced_blocks)
+        for steps in costs.steps_per_block:
+            self._metrics[STEPS_PER_BLOCK][engine_idx].observe(steps)

@@ -1,0 +1,31 @@
+"""Options of a step's rows as tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class RowOptions:
+    """Options of R rows, gathered from the request table; each tensor is (R,).
+
+    ``noise_schedule`` and ``remasking`` are indices into ``NOISE_SCHEDULES`` and ``REMASKING_SCORES`` of
+    :mod:`~vllm_twotower.engine.strategies`.
+    """
+
+    max_steps: Tensor
+    confidence_threshold: Tensor
+    noise_schedule: Tensor
+    adaptive_unmasking: Tensor
+    remasking: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+
+    def rows(self, index: Tensor) -> RowOptions:
+        """The options of some rows, in the order of ``index``."""
+        return RowOptions(**{name: column[index] for name, column in vars(self).items()})
