@@ -37,7 +37,10 @@ PATCHES = (
         remove_when="a custom sampler gets the grammar's bitmask itself",
         applies_when=everywhere,
         sources=(APPLY,),
-        source_sha256={"0.32.0": "9aa022bc39639a0d0dbdfa61fb0c2664b55e13b20e1d8814931affbcb5d8c8d9"},
+        source_sha256={
+            "0.32.0": "9aa022bc39639a0d0dbdfa61fb0c2664b55e13b20e1d8814931affbcb5d8c8d9",
+            "0.33.0": "ab58a087cbd26fff9c06b18de0c8ee859f3f082fcc30c92154c074eda7a63db1",
+        },
         install=install_apply,
     ),
 )

@@ -46,7 +46,9 @@ PATCHES = (
         remove_when="vLLM lets a diffusion model say which requests can have structured outputs",
         applies_when=everywhere,
         sources=(VALIDATION, "vllm.sampling_params:SamplingParams.verify"),
-        source_sha256={"0.32.0": "1fdadd0a01671330fd43daa28336d7e11011db1d74cd2bf91293d1f790068c1c"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "1fdadd0a01671330fd43daa28336d7e11011db1d74cd2bf91293d1f790068c1c"
+        ),
         install=install_validation,
     ),
 )

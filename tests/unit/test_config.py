@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-from vllm_twotower.config import EngineOptions, RequestError, RequestOptions, validate_sampling_params
+from vllm_twotower.config import MODES, EngineOptions, RequestError, RequestOptions, validate_sampling_params
 
 ENGINE = EngineOptions()
 
@@ -27,7 +27,9 @@ def model_config(engine: EngineOptions = ENGINE) -> SimpleNamespace:
 
 def test_defaults() -> None:
     assert resolve() == EngineOptions(16, 16, 0.8, 3, "lazy")
-    assert RequestOptions.parse(None, ENGINE) == RequestOptions("mask_diffusion", 0.8, 16, 16, "confidence_unmasking")
+    assert RequestOptions.parse(None, ENGINE) == RequestOptions(
+        "mask_diffusion", 0.8, 16, 16, "confidence_unmasking", "linear", False, "confidence"
+    )
 
 
 def test_engine_options_are_taken() -> None:
@@ -67,14 +69,24 @@ def test_request_options_are_taken() -> None:
         ENGINE,
     )
     assert options == RequestOptions("mask_diffusion", 1.0, 4, 8, "confidence_unmasking")
-    assert RequestOptions.parse({"diffusion_mode": "ar"}, ENGINE).canvas_length == 1
+    options = RequestOptions.parse(
+        {
+            "diffusion_strategy": "predict_and_noise",
+            "diffusion_noise_schedule": "cosine",
+            "diffusion_adaptive_unmasking": 1,  # as the server passes true on
+            "diffusion_remasking": "margin",
+        },
+        ENGINE,
+    )
+    assert options == RequestOptions("mask_diffusion", 0.8, 16, 16, "predict_and_noise", "cosine", True, "margin")
+    for mode in ("ar", "mock_ar"):
+        assert RequestOptions.parse({"diffusion_mode": mode}, ENGINE).canvas_length == 1
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("diffusion_mode", "autoregressive"),
-        ("diffusion_mode", "mock_ar"),
         ("diffusion_confidence_threshold", 0),
         ("diffusion_confidence_threshold", 1.5),
         ("diffusion_confidence_threshold", "0.8"),
@@ -86,7 +98,12 @@ def test_request_options_are_taken() -> None:
         ("diffusion_canvas_length", 0),
         ("diffusion_canvas_length", 17),
         ("diffusion_canvas_length", True),
-        ("diffusion_strategy", "posterior"),
+        ("diffusion_strategy", "magic"),
+        ("diffusion_strategy", ["posterior"]),
+        ("diffusion_noise_schedule", "quadratic"),
+        ("diffusion_adaptive_unmasking", "true"),
+        ("diffusion_adaptive_unmasking", 2),
+        ("diffusion_remasking", 1),
         ("diffusion_temperature", 1),
         ("something", "else"),
     ],
@@ -98,42 +115,48 @@ def test_bad_request_options_are_named(name: str, value: object) -> None:
     assert repr(value) in str(error.value)
 
 
-def test_block_options_have_no_meaning_for_autoregressive_requests() -> None:
+@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
+def test_block_options_have_no_meaning_for_autoregressive_requests(mode: str) -> None:
     for name, value in (("diffusion_confidence_threshold", 0.5), ("diffusion_canvas_length", 8)):
-        with pytest.raises(RequestError, match=name):
-            RequestOptions.parse({"diffusion_mode": "ar", name: value}, ENGINE)
+        with pytest.raises(RequestError, match=f"{name}.*{mode}"):
+            RequestOptions.parse({"diffusion_mode": mode, name: value}, ENGINE)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("strategy", "name", "value"),
     [
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -0.5),
-        ("repetition_penalty", 1.1),
-        ("min_tokens", 3),
-        ("logit_bias", {5: 1.0}),
-        ("allowed_token_ids", [4, 5]),
-        ("bad_words", ["no"]),
-        ("logprobs", 0),
-        ("prompt_logprobs", 1),
-        ("structured_outputs", StructuredOutputsParams(regex="a+")),
+        ("posterior", "diffusion_confidence_threshold", 0.5),
+        ("posterior", "diffusion_remasking", "margin"),
+        ("predict_and_noise", "diffusion_confidence_threshold", 0.5),
+        ("confidence_unmasking", "diffusion_noise_schedule", "linear"),
+        ("confidence_unmasking", "diffusion_adaptive_unmasking", True),
     ],
 )
-def test_sampling_parameters_without_a_meaning_are_refused(name: str, value: object) -> None:
-    with pytest.raises(VLLMValidationError, match=name):
-        validate_sampling_params(SamplingParams(**{name: value}), model_config())
+def test_options_of_another_strategy_are_refused(strategy: str, name: str, value: object) -> None:
+    with pytest.raises(RequestError, match=f"{name}.*{strategy}"):
+        RequestOptions.parse({"diffusion_strategy": strategy, name: value}, ENGINE)
 
 
-def test_supported_sampling_parameters_are_let_through() -> None:
-    params = SamplingParams(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, seed=3, n=2, stop=["x"], max_tokens=9)
-    validate_sampling_params(params, model_config())
-    assert params.extra_args is None
+@pytest.mark.parametrize(
+    ("name", "value", "modes"),
+    [
+        ("structured_outputs", StructuredOutputsParams(regex="a+"), ("mask_diffusion",)),
+        ("thinking_token_budget", 3, MODES),
+        ("trace_decode_token_ids", [5], MODES),
+    ],
+)
+def test_sampling_parameters_without_a_meaning_are_refused(name: str, value: object, modes: tuple[str, ...]) -> None:
+    for mode in MODES:
+        params = SamplingParams(**{name: value}, extra_args={"diffusion_mode": mode})
+        if mode in modes:
+            with pytest.raises(VLLMValidationError, match=name):
+                validate_sampling_params(params, model_config())
+        else:
+            validate_sampling_params(params, model_config())
 
 
-def test_an_autoregressive_request_gets_a_canvas_of_one_token() -> None:
-    shared = {"diffusion_mode": "ar"}
-    params = SamplingParams(extra_args=shared)
-    validate_sampling_params(params, model_config())
-    assert params.extra_args == {"diffusion_mode": "ar", "diffusion_canvas_length": 1}
-    assert shared == {"diffusion_mode": "ar"}
-    validate_sampling_params(params, model_config())  # the same object again
+def test_the_mask_token_alone_is_no_choice() -> None:
+    for allowed in ([3], [3, 3]):
+        with pytest.raises(VLLMValidationError, match="allowed_token_ids"):
+            validate_sampling_params(SamplingParams(allowed_token_ids=allowed), model_config())
+    validate_sampling_params(SamplingParams(allowed_token_ids=[3, 4]), model_config())

@@ -118,10 +118,16 @@ def test_renamed_target_gives_one_clear_error():
         assert part in str(caught.value)
 
 
-def test_only_request_validation_and_defaults_where_triton_works(monkeypatch):
+def test_no_cpu_kernel_where_triton_works(monkeypatch):
     monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
     applied = {patch.name for patch in PATCHES if patch.applies_when()}
-    assert applied == {"sampling-params-validation", "prefix-caching-default"}
+    assert applied == {
+        "sampling-params-validation",
+        "structured-outputs-validation",
+        "prefix-caching-default",
+        "grammar-bitmask",
+        "diffusion-metrics",
+    }
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ STEPS_PER_BLOCK = "vllm:twotower_denoising_steps_per_block"
 HELP = {
     CONTEXT_PASSES: "Number of rows the context tower ran: prompt chunks, finished blocks and autoregressive tokens.",
     BLOCKS: "Number of finished blocks.",
-    FORCED_BLOCKS: "Number of finished blocks that took the most denoising steps their request allows.",
+    FORCED_BLOCKS: "Number of finished blocks that took all the denoising steps their request allows.",
     STEPS_PER_BLOCK: "Histogram of denoising steps per finished block.",
 }
 STEPS_BUCKETS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64]

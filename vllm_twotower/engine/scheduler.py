@@ -116,7 +116,7 @@ class TwoTowerScheduler(DiffusionScheduler):
         if num_sampled:
             costs.committed_tokens += num_sampled
             costs.steps_per_block.append(row.num_passes)
-            costs.forced_blocks += row.num_passes == options.max_steps
+            costs.forced_blocks += row.num_passes >= options.max_steps
             row.num_passes = 0
             if metrics is not None:
                 metrics.finish_block(num_sampled)

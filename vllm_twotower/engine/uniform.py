@@ -8,12 +8,12 @@ from torch import Tensor
 def uniform(seed: Tensor, *counters: Tensor) -> Tensor:
     """Uniform numbers in [0, 1) that depend on the seed and the counters alone: a hash, not a stream.
 
-    Arguments are int64 and broadcast; the result is fp64. Each counter is mixed in with the finaliser of SplitMix64
+    Arguments are integers and broadcast; the result is fp64. Each counter is mixed in with the finaliser of SplitMix64
     (Steele, Lea and Flood, OOPSLA 2014), in int64 arithmetic that wraps around.
     """
-    state = _mix(seed)
+    state = _mix(seed.long())
     for counter in counters:
-        state = _mix(state + counter * -7046029254386353131)  # 0x9E3779B97F4A7C15
+        state = _mix(state + counter.long() * -7046029254386353131)  # 0x9E3779B97F4A7C15
     return _logical_shift(state, 11).double() * 2.0**-53
 
 

@@ -1,0 +1,262 @@
+"""The scheduler without an engine: which class is used, when prompt scores go out, and how statistics travel."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import golden_data
+import prometheus_client
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+from vllm import EngineArgs, SamplingParams
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
+from vllm.v1.outputs import DraftTokenIds, LogprobsTensors, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.spec_decode.metrics import SpecDecodingProm
+from vllm.v1.structured_output import StructuredOutputManager
+
+import vllm_twotower
+from vllm_twotower.engine.metrics import HELP, STEPS_PER_BLOCK, RequestDenoisingMetrics, StepCosts, TwoTowerProm
+from vllm_twotower.engine.scheduler import TwoTowerScheduler
+from vllm_twotower.engine.vllm_config import SCHEDULER_CLS
+from vllm_twotower.patches.registry import TWO_TOWER_ARCHITECTURE
+
+WIDTH = 16
+
+
+class OwnScheduler(TwoTowerScheduler):
+    """What a user may build on the package's scheduler."""
+
+
+def config(**options: Any) -> VllmConfig:
+    vllm_twotower.register()
+    arguments = {"model": str(golden_data.checkpoint("A")), "dtype": "float32", "max_model_len": 256}
+    return EngineArgs(**arguments, **options).create_engine_config()
+
+
+def test_chosen_by_default() -> None:
+    assert config().scheduler_config.scheduler_cls == SCHEDULER_CLS
+    assert config().scheduler_config.get_scheduler_cls() is TwoTowerScheduler
+
+
+@pytest.mark.parametrize("chosen", [OwnScheduler, f"{__name__}.OwnScheduler", SCHEDULER_CLS])
+def test_own_scheduler_stays(chosen: type | str) -> None:
+    assert config(scheduler_cls=chosen).scheduler_config.scheduler_cls == chosen
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [DiffusionScheduler, "vllm.v1.core.sched.scheduler.Scheduler", "no.such.Scheduler", "nothing", f"{__name__}.WIDTH"],
+    ids=str,
+)
+def test_other_schedulers_are_refused(chosen: type | str) -> None:
+    with pytest.raises(ValueError) as error:
+        config(scheduler_cls=chosen)
+    assert f"scheduler_cls={chosen!r}" in str(error.value)
+    assert SCHEDULER_CLS in str(error.value)
+
+
+@pytest.mark.parametrize("level", ["none", "summary", "detailed"])
+def test_level_of_request_metrics_reaches_the_scheduler(level: str) -> None:
+    assert scheduler(per_request_spec_decode_metrics=level).spec_decode_metrics_level == level
+
+
+def scheduler(**options: Any) -> TwoTowerScheduler:
+    """A scheduler with ten thousand pages; the cache's layout does not matter here."""
+    made = config(max_num_batched_tokens=128, max_num_seqs=4, **options)
+    made.cache_config.num_gpu_blocks = 10_000
+    group = KVCacheGroupSpec(
+        ["layer"], FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    )
+    return TwoTowerScheduler(
+        vllm_config=made,
+        kv_cache_config=KVCacheConfig(10_000, [], [group]),
+        structured_output_manager=StructuredOutputManager(made),
+        block_size=16,
+        log_stats=True,
+    )
+
+
+@pytest.fixture
+def lazy() -> TwoTowerScheduler:
+    return scheduler(per_request_spec_decode_metrics="summary")
+
+
+def add(
+    made: TwoTowerScheduler, name: str, prompt_len: int, max_tokens: int = WIDTH, mode: str = "mask_diffusion"
+) -> None:
+    params = SamplingParams(
+        temperature=0, ignore_eos=True, max_tokens=max_tokens, extra_args={"diffusion_mode": mode}, prompt_logprobs=0
+    )
+    made.add_request(Request(name, [7] * prompt_len, params, pooling_params=None))
+
+
+def step(
+    made: TwoTowerScheduler,
+    sampled: dict[str, int],
+    scores: dict[str, LogprobsTensors] | None = None,
+    token_scores: dict[str, torch.Tensor] | None = None,
+    abort_meanwhile: str | None = None,
+) -> dict[str, EngineCoreOutput]:
+    """One step in which requests sample so many tokens, and the worker returns prompt scores of some."""
+    scheduled = made.schedule()
+    names = list(scheduled.num_scheduled_tokens)
+    if abort_meanwhile is not None:
+        made.finish_requests(abort_meanwhile, RequestStatus.FINISHED_ABORTED)
+    outputs = made.update_from_output(
+        scheduled,
+        ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: i for i, name in enumerate(names)},
+            sampled_token_ids=[[9] * sampled.get(name, 0) for name in names],
+            prompt_logprobs_dict=dict(scores or {}),
+            prompt_token_id_logprobs_dict=dict(token_scores or {}),
+        ),
+    )
+    made.update_draft_token_ids(DraftTokenIds(names, [[3] * WIDTH for _ in names]))
+    return {output.request_id: output for outs in outputs.values() for output in outs.outputs}
+
+
+SCORES = LogprobsTensors(torch.zeros(4, 1), torch.zeros(4, 1), torch.zeros(4))
+
+
+def test_prompt_scores_wait_for_the_first_block(lazy: TwoTowerScheduler) -> None:
+    add(lazy, "a", 5)
+    add(lazy, "b", 5, mode="ar")
+    outputs = step(lazy, {"b": 1}, {"a": SCORES, "b": SCORES}, {"a": torch.ones(1)})
+    assert outputs.keys() == {"b"}
+    assert outputs["b"].new_prompt_logprobs_tensors is SCORES
+    assert step(lazy, {"b": 1})["b"].new_prompt_logprobs_tensors is None
+    output = step(lazy, {"a": WIDTH})["a"]
+    assert output.new_prompt_logprobs_tensors is SCORES
+    assert output.prompt_token_id_logprobs.tolist() == [1]
+    assert output.finished
+    assert not lazy._held_logprobs
+    assert not lazy._held_token_id_logprobs
+
+
+def test_prompt_scores_go_with_their_request(lazy: TwoTowerScheduler) -> None:
+    """Aborted while it waits for its first block, and while the step runs that returns the scores."""
+    add(lazy, "a", 5)
+    step(lazy, {}, {"a": SCORES}, {"a": torch.ones(1)})
+    assert lazy._held_logprobs
+    lazy.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    assert not lazy._held_logprobs
+    assert not lazy._held_token_id_logprobs
+    add(lazy, "b", 5)
+    assert not step(lazy, {}, {"b": SCORES}, {"b": torch.ones(1)}, abort_meanwhile="b")
+    assert not lazy._held_logprobs
+    assert not lazy._held_token_id_logprobs
+    step(lazy, {})
+    assert not lazy._rows
+
+
+def test_prompt_scores_survive_a_preemption(lazy: TwoTowerScheduler) -> None:
+    """The worker reads the prompt again and returns new scores, which replace those that were kept."""
+    add(lazy, "a", 5)
+    step(lazy, {}, {"a": SCORES})
+    step(lazy, {})
+    lazy.reset_prefix_cache(reset_running_requests=True)
+    again = LogprobsTensors(torch.ones(4, 1), torch.ones(4, 1), torch.ones(4))
+    step(lazy, {}, {"a": again})
+    assert step(lazy, {"a": WIDTH})["a"].new_prompt_logprobs_tensors is again
+
+
+def test_preempted_passes_are_in_no_block(lazy: TwoTowerScheduler) -> None:
+    """Three passes, a preemption, a block in two passes, which the context tower reads anew after another one."""
+    add(lazy, "a", 5, max_tokens=2 * WIDTH)
+    sent: list[StepCosts] = []
+    make_stats = lazy.make_stats
+
+    def record(*args: Any, **kwargs: Any) -> SchedulerStats:
+        stats = make_stats(*args, **kwargs)
+        if stats.spec_decoding_stats is not None:
+            sent.append(StepCosts.unpack(stats.spec_decoding_stats))
+        return stats
+
+    lazy.make_stats = record
+    for sampled in (0, 0, 0, 0):
+        step(lazy, {"a": sampled})
+    lazy.reset_prefix_cache(reset_running_requests=True)
+    for sampled in (0, 0, WIDTH):
+        step(lazy, {"a": sampled})
+    lazy.reset_prefix_cache(reset_running_requests=True)
+    step(lazy, {})
+    output = step(lazy, {"a": WIDTH})["a"]
+    assert [costs.context_passes for costs in sent] == [1, 0, 0, 0, 1, 0, 0, 1, 0]
+    assert [costs.denoiser_passes for costs in sent] == [0, 1, 1, 1, 0, 1, 1, 0, 1]
+    assert [costs.steps_per_block for costs in sent if costs.steps_per_block] == [[2], [1]]
+    assert output.spec_decode_metrics.histogram == [4] + [0] * (WIDTH - 1) + [2]
+
+
+def test_autoregressive_requests_have_no_drafts(lazy: TwoTowerScheduler) -> None:
+    for mode in ("mask_diffusion", "ar", "mock_ar"):
+        add(lazy, mode, 5, max_tokens=2, mode=mode)
+    step(lazy, {"ar": 1, "mock_ar": 1})
+    assert {name: len(request.spec_token_ids) for name, request in lazy.requests.items()} == {
+        "mask_diffusion": WIDTH,
+        "ar": 0,
+        "mock_ar": 0,
+    }
+    assert lazy.schedule().num_scheduled_tokens == {"mask_diffusion": WIDTH, "ar": 1, "mock_ar": 1}
+
+
+COSTS = StepCosts(3, 40, 32, 5, 1, [2, 16])
+
+
+def test_costs_travel_to_the_front_end() -> None:
+    """Through vLLM's encoding, which knows its own classes only."""
+    assert StepCosts().pack(WIDTH) is None
+    metrics = RequestDenoisingMetrics.new(WIDTH)
+    metrics.observe(WIDTH, 3)
+    metrics.add_pass(WIDTH, detailed=True)
+    metrics.finish_block(WIDTH)
+    sent = EngineCoreOutputs(
+        outputs=[EngineCoreOutput("a", [1], spec_decode_metrics=metrics)],
+        scheduler_stats=SchedulerStats(spec_decoding_stats=COSTS.pack(WIDTH)),
+    )
+    received = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(sent))
+    assert StepCosts.unpack(received.scheduler_stats.spec_decoding_stats) == COSTS
+    histogram = [0] * WIDTH + [1]
+    assert received.outputs[0].spec_decode_metrics == RequestSpecDecodeMetrics(
+        WIDTH, histogram, WIDTH, per_step_accepted=[WIDTH], per_step_drafted=[WIDTH]
+    )
+
+
+def sample(name: str, engine: int) -> float | None:
+    return prometheus_client.REGISTRY.get_sample_value(name, {"model_name": "m", "engine": str(engine)})
+
+
+def test_prometheus_keeps_engines_apart() -> None:
+    """Several engines in one front end, and a new front end in the same process."""
+    for _ in range(2):
+        unregister_vllm_metrics()
+        made = TwoTowerProm(None, ["model_name", "engine"], {i: ["m", str(i)] for i in range(2)}, is_diffusion=True)
+        made.observe(COSTS.pack(WIDTH), engine_idx=1)
+        made.observe(COSTS.pack(WIDTH), engine_idx=1)
+        counters = [name for name in HELP if name != STEPS_PER_BLOCK]
+        assert [sample(f"{name}_total", 0) for name in counters] == [0, 0, 0]
+        assert [sample(f"{name}_total", 1) for name in counters] == [10, 4, 2]
+        assert sample(f"{STEPS_PER_BLOCK}_sum", 1) == 36
+        assert sample("vllm:diffusion_num_committed_tokens_total", 1) == 64
+    unregister_vllm_metrics()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"), [(TWO_TOWER_ARCHITECTURE, TwoTowerProm), ("LLaDA2MoeModelLM", SpecDecodingProm)]
+)
+def test_other_models_keep_their_metrics(architecture: str, expected: type) -> None:
+    vllm_twotower.register()
+    logger = object.__new__(PrometheusStatLogger)
+    logger.vllm_config = SimpleNamespace(model_config=SimpleNamespace(architectures=[architecture]))
+    assert logger._spec_decoding_cls is expected
