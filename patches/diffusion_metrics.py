@@ -31,7 +31,9 @@ PATCHES = (
         remove_when="a scheduler can send statistics of its own, and a plugin can add Prometheus metrics for them",
         applies_when=everywhere,
         sources=(f"{METRICS}:SpecDecodingProm", f"{METRICS}:SpecDecodingStats"),
-        source_sha256={"0.32.0": "fc923bc5e5aa4dfaa924dfdb1e102c5cf99b4c716250a2d48c374b62451aa21d"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "fc923bc5e5aa4dfaa924dfdb1e102c5cf99b4c716250a2d48c374b62451aa21d"
+        ),
         install=lambda: replace(SPEC_DECODING_CLS, property(spec_decoding_cls)),
     ),
 )

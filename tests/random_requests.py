@@ -75,7 +75,10 @@ def draw_rules(rng: random.Random) -> dict[str, Any]:
 
 
 def draw_request(rng: random.Random, max_tokens: int = 40) -> RandomRequest:
-    """A request with a mode, a temperature or none, filters, rules, stops, and log-probabilities now and then."""
+    """A request with a mode, a temperature or none, filters, rules, stops, and log-probabilities now and then.
+
+    It has a seed if it needs one, so that it has one right answer.
+    """
     mode = rng.choices(("mask_diffusion", "ar", "mock_ar"), (6, 2, 2))[0]
     extra = draw_block_options(rng) if mode == "mask_diffusion" else {"diffusion_mode": mode}
     options: dict[str, Any] = {"extra_args": extra, "temperature": 0, **draw_rules(rng)}
@@ -83,6 +86,8 @@ def draw_request(rng: random.Random, max_tokens: int = 40) -> RandomRequest:
         options |= {"temperature": rng.choice((0.3, 0.7, 1.0, 1.5)), "seed": rng.randrange(2**40)}
         options |= {"top_k": rng.choice((0, 0, 5, 50)), "top_p": rng.choice((1.0, 1.0, 0.9, 0.5))}
         options["min_p"] = rng.choice((0.0, 0.0, 0.05, 0.2))
+    elif extra.get("diffusion_remasking") == "random":
+        options["seed"] = rng.randrange(2**40)
     options["max_tokens"] = max(rng.randint(1, max_tokens), options.get("min_tokens", 0))
     options["ignore_eos"] = rng.random() < 0.3
     if rng.random() < 0.3:

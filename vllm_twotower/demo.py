@@ -84,7 +84,8 @@ def generate(llm: LLM, prompts: list[str], max_tokens: int, options: dict, ignor
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=ignore_eos, extra_args=options)
-    passes = tower_passes(llm)
+    is_ar = options.get("diffusion_mode") == "ar"
+    passes = tower_passes(llm, is_ar)
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
@@ -92,11 +93,12 @@ def generate(llm: LLM, prompts: list[str], max_tokens: int, options: dict, ignor
     return Answers(
         [completion.text for completion in completions],
         sum(len(completion.token_ids) for completion in completions),
-        tower_passes(llm) - passes,
+        tower_passes(llm, is_ar) - passes,
         seconds,
     )
 
 
-def tower_passes(llm: LLM) -> int:
-    """Passes of all requests so far: of the denoiser, and for autoregressive ones of the context tower."""
-    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:diffusion_num_denoising_steps")
+def tower_passes(llm: LLM, is_ar: bool) -> int:
+    """Passes of all requests so far: of the denoiser, or for autoregressive ones of the context tower."""
+    name = "vllm:twotower_num_context_passes" if is_ar else "vllm:diffusion_num_denoising_steps"
+    return sum(m.value for m in llm.get_metrics() if m.name == name)

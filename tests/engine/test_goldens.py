@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import golden_data
 import numpy as np
@@ -29,6 +30,13 @@ def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     with running_engine(golden_data.checkpoint(name), {"commit": commit}) as llm:
         yield Served(name, llm)
         assert_idle(llm)
+
+
+def autoregressive(mode: str, **overrides: Any) -> SamplingParams:
+    """The golden records' settings of the modes without blocks."""
+    return SamplingParams(
+        temperature=0, max_tokens=32, ignore_eos=True, extra_args={"diffusion_mode": mode}, **overrides
+    )
 
 
 def test_all_at_once(served: Served) -> None:
@@ -64,11 +72,14 @@ def test_alone_with_every_step(served: Served) -> None:
     assert compared > 60
 
 
-def test_autoregressive(served: Served) -> None:
+@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
+def test_autoregressive(served: Served, mode: str) -> None:
     prompts = golden_data.prompts(served.name)
-    params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args={"diffusion_mode": "ar"})
-    outputs = generate(served.llm, [prompt["ids"] for prompt in prompts], [params] * len(prompts))
-    assert tokens_of(outputs) == [tuple(prompt["ar"]["new_ids"]) for prompt in prompts]
+    outputs = generate(served.llm, [prompt["ids"] for prompt in prompts], [autoregressive(mode)] * len(prompts))
+    assert tokens_of(outputs) == [tuple(prompt[mode]["new_ids"]) for prompt in prompts]
+    for prompt in prompts:
+        outputs = generate(served.llm, [prompt["ids"]], [autoregressive(mode)])
+        assert tokens_of(outputs) == [tuple(prompt[mode]["new_ids"])]
 
 
 def test_modes_mixed_in_one_batch(served: Served) -> None:
@@ -81,18 +92,11 @@ def test_modes_mixed_in_one_batch(served: Served) -> None:
         expected.append(run.tokens)
     for prompt in golden_data.prompts(served.name):
         for record in prompt.get("eos_runs", ()):
-            if record["mode"] == "ar":
+            if record["mode"] != "mask_diffusion":
                 prompts.append(prompt["ids"])
-                params.append(
-                    SamplingParams(
-                        temperature=0,
-                        max_tokens=32,
-                        ignore_eos=True,
-                        stop_token_ids=[record["eos_token_id"]],
-                        extra_args={"diffusion_mode": "ar"},
-                    )
-                )
+                params.append(autoregressive(record["mode"], stop_token_ids=[record["eos_token_id"]]))
                 expected.append(tuple(record["new_ids"]))
+    assert {param.extra_args.get("diffusion_mode") for param in params} == {None, "ar", "mock_ar"}
     order = list(range(len(prompts)))
     random.Random(1).shuffle(order)
     outputs = generate(served.llm, [prompts[i] for i in order], [params[i] for i in order])

@@ -9,6 +9,7 @@ import pytest
 from engines import assert_idle, diffusion_params, generate, run_all, running_engine, tokens_of, traced
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
 
 RUN = golden_data.diffusion_runs("A")[5]  # two tokens of prompt, canvas 16, 16 steps, threshold 0.8
 
@@ -125,9 +126,9 @@ def test_no_pass_after_the_last_token(llm: LLM) -> None:
         ("diffusion_strategy", {"extra_args": {"diffusion_strategy": "magic"}}),
         ("diffusion_mode", {"extra_args": {"diffusion_mode": "magic"}}),
         ("diffusion_magic", {"extra_args": {"diffusion_magic": 1}}),
-        ("repetition_penalty", {"repetition_penalty": 1.2}),
-        ("logprobs", {"logprobs": 1}),
-        ("min_tokens", {"min_tokens": 2}),
+        ("structured_outputs", {"structured_outputs": StructuredOutputsParams(regex="a+")}),
+        ("thinking_token_budget", {"thinking_token_budget": 2}),
+        ("allowed_token_ids", {"allowed_token_ids": [3]}),
     ],
 )
 def test_a_refused_request_leaves_the_engine_working(llm: LLM, name: str, overrides: dict) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import golden_data
 import pytest
 from serving import REPOSITORY, Server, running_server
+from vllm.tokenizers import TokenizerLike, get_tokenizer
 
 from vllm_twotower.reference import TwoTowerModel
 
@@ -25,9 +26,14 @@ def stop_servers_when_terminated() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Golden checkpoint A in float32."""
+    """Golden checkpoint A in float32: prompts beyond 512 tokens come in chunks, the 33rd request waits.
+
+    The checkpoint has no chat template; here a chat is the text of its messages.
+    """
     log = tmp_path_factory.mktemp("server") / "golden.log"
     options = ("--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", "64M")
+    options += ("--max-num-seqs", "32", "--max-num-batched-tokens", "512")
+    options += ("--chat-template", "{% for message in messages %}{{ message.content }}{% endfor %}")
     with running_server(golden_data.checkpoint("A"), log, *options) as running:
         yield running
 
@@ -36,6 +42,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def oracle() -> TwoTowerModel:
     """The plain model of the same checkpoint."""
     return TwoTowerModel.from_pretrained(golden_data.checkpoint("A"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> TokenizerLike:
+    """The tokenizer of the same checkpoint, as the server has it."""
+    return get_tokenizer(golden_data.checkpoint("A"))
 
 
 @pytest.fixture(scope="session")
