@@ -1,4 +1,4 @@
-"""A strategy that a user might add, installed as a package with an entry point."""
+"""The strategy that docs/requests.md adds as an example, installed as a package with an entry point."""
 
 from __future__ import annotations
 
@@ -8,25 +8,14 @@ import pytest
 
 from vllm_twotower.engine.strategies import strategies
 
-MODULE = '''
-import torch
-from vllm_twotower.engine.strategies import Commit, Strategy, most
-
-def commit(denoised, options):
-    """The first masked position, and in the last pass all."""
-    order = -torch.arange(denoised.masked.shape[1]).expand(denoised.masked.shape).float()
-    last = denoised.step >= options.max_steps - 1
-    k = torch.where(last, denoised.masked.sum(1), torch.ones_like(denoised.step))
-    return Commit(most(order, denoised.masked, k), denoised.step)
-
-left_to_right = Strategy(commit)
-'''
+DOCUMENT = Path(__file__).parents[1] / "docs" / "requests.md"
 ENTRY_POINT = "left_to_right = left_to_right_strategy:left_to_right"
 
 
 def install_left_to_right(folder: Path, monkeypatch: pytest.MonkeyPatch, entry_point: str = ENTRY_POINT) -> None:
     """Puts the package where Python finds it until the test ends, after which ``strategies`` must be cleared."""
-    (folder / "left_to_right_strategy.py").write_text(MODULE)
+    example = DOCUMENT.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    (folder / "left_to_right_strategy.py").write_text(example)
     info = folder / "left_to_right_strategy-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: left-to-right-strategy\nVersion: 1.0\n")

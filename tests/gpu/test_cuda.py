@@ -28,12 +28,13 @@ def test_goldens_in_fp32(name: str, commit: str) -> None:
 
     runs = golden_data.diffusion_runs(name) + golden_data.diffusion_runs(name, "eos_runs")
     prompts = golden_data.prompts(name)
-    ar = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args={"diffusion_mode": "ar"})
     with running_engine(golden_data.checkpoint(name), {"commit": commit}) as llm:
         assert run_all(llm, runs) == [run.tokens for run in runs]
         assert run_all(llm, runs[::5]) == [run.tokens for run in runs[::5]]
-        outputs = generate(llm, [prompt["ids"] for prompt in prompts], [ar] * len(prompts))
-        assert tokens_of(outputs) == [tuple(prompt["ar"]["new_ids"]) for prompt in prompts]
+        for mode in ("ar", "mock_ar"):
+            params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args={"diffusion_mode": mode})
+            outputs = generate(llm, [prompt["ids"] for prompt in prompts], [params] * len(prompts))
+            assert tokens_of(outputs) == [tuple(prompt[mode]["new_ids"]) for prompt in prompts]
         assert_idle(llm)
 
 
@@ -47,4 +48,25 @@ def test_bf16_runs(name: str) -> None:
         for run, tokens in zip(runs, run_all(llm, runs), strict=True):
             assert len(tokens) == run.max_new_tokens
             assert all(0 <= token < 320 and token != run.mask_token_id for token in tokens)
+        assert_idle(llm)
+
+
+@pytest.mark.parametrize("commit", ["lazy", "separate"])
+def test_every_option_equals_the_oracle(commit: str) -> None:
+    """Random requests of all modes with all options, in one batch."""
+    import random
+
+    from comparisons import model
+    from engines import assert_idle, generate, running_engine
+    from oracle import expected
+    from random_requests import draw_request
+
+    rng = random.Random(1)
+    requests = [draw_request(rng) for _ in range(64)]
+    with running_engine(golden_data.checkpoint("A"), {"commit": commit}, max_num_seqs=64) as llm:
+        outputs = generate(llm, [request.prompt for request in requests], [request.params() for request in requests])
+        for request, output in zip(requests, outputs, strict=True):
+            want = expected(model(), request.prompt, request.params(llm.get_tokenizer()))
+            assert list(output.outputs[0].token_ids) == want.token_ids
+            assert output.outputs[0].finish_reason == want.finish_reason
         assert_idle(llm)
