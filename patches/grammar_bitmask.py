@@ -11,7 +11,7 @@ APPLY = "vllm.v1.worker.gpu.structured_outputs:StructuredOutputsWorker.apply_gra
 
 def install_apply() -> None:
     """Keep the bitmask with TwoTower's logits; apply it to any other model's as before."""
-    from vllm_twotower.model.two_tower import StepLogits
+    from vllm_twotower.model.step_logits import StepLogits
 
     holder, name = locate(APPLY)
     upstream_apply = getattr(holder, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_twotower.engine.row_options import RowOptions
+from vllm_twotower.sampling.row_options import RowOptions
 
 
 def row_options(rows: int, **columns: list) -> RowOptions:

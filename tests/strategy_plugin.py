@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_twotower.engine.strategies import strategies
+from vllm_twotower.sampling.strategies import strategies
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "requests.md"
 ENTRY_POINT = "left_to_right = left_to_right_strategy:left_to_right"

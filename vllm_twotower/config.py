@@ -110,7 +110,7 @@ class RequestOptions:
         No option is ignored: those of the block sampler are refused for autoregressive requests, and those of one
         strategy for another.
         """
-        from vllm_twotower.engine.strategies import NOISE_SCHEDULES, REMASKING_SCORES, strategies
+        from vllm_twotower.sampling.strategies import NOISE_SCHEDULES, REMASKING_SCORES, strategies
 
         given = {name: value for name, value in (extra_args or {}).items() if value is not None}
         unknown = sorted(set(given) - set(_REQUEST_OPTIONS))

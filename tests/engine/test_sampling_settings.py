@@ -15,7 +15,7 @@ from random_requests import draw_prompt, draw_request
 from strategy_plugin import install_left_to_right
 from vllm import SamplingParams
 
-from vllm_twotower.engine.strategies import strategies
+from vllm_twotower.sampling.strategies import strategies
 
 CHECKPOINT = golden_data.checkpoint("A")
 

@@ -12,8 +12,9 @@ from row_options import row_options
 from strategy_plugin import install_left_to_right
 
 from vllm_twotower.config import EngineOptions, RequestError, RequestOptions
-from vllm_twotower.engine.block_sampler import MASKED_LOGIT, predict
-from vllm_twotower.engine.strategies import (
+from vllm_twotower.reference import unmask_confident
+from vllm_twotower.sampling.prediction import MASKED_LOGIT, predict
+from vllm_twotower.sampling.strategies import (
     NOISE_SCHEDULES,
     REMASKING_SCORES,
     Commit,
@@ -26,7 +27,6 @@ from vllm_twotower.engine.strategies import (
     scheduled_time,
     strategies,
 )
-from vllm_twotower.reference import unmask_confident
 
 MASK, VOCABULARY, WIDTH = 3, 50, 16
 

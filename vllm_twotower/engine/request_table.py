@@ -9,10 +9,10 @@ import torch
 from vllm.sampling_params import SamplingParams
 
 from vllm_twotower.config import EngineOptions, RequestOptions
+from vllm_twotower.sampling.row_options import RowOptions
+from vllm_twotower.sampling.strategies import NOISE_SCHEDULES, REMASKING_SCORES, strategies
 
 from .logit_rules import LogitRules
-from .row_options import RowOptions
-from .strategies import NOISE_SCHEDULES, REMASKING_SCORES, strategies
 from .token_logprobs import TokenLogprobs
 
 _COLUMN_TYPES = {

@@ -14,16 +14,23 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
-from vllm_twotower.model.two_tower import StepLogits
+from vllm_twotower.model.step_logits import StepLogits
+from vllm_twotower.sampling.prediction import (
+    draw,
+    margin,
+    predict,
+    probability,
+    suppress_mask_token,
+    temper_and_filter,
+)
+from vllm_twotower.sampling.row_options import RowOptions
+from vllm_twotower.sampling.strategies import Commit, DenoiserPass
+from vllm_twotower.sampling.uniform import uniform
 
-from .block_sampler import draw, margin, predict, probability, suppress_mask_token, temper_and_filter
 from .logit_rules import UNDECIDED, Text
 from .request_table import RequestTable
-from .row_options import RowOptions
 from .step_plan import BlockInputs, StepPlan, TowerRows
-from .strategies import Commit, DenoiserPass
 from .token_logprobs import collect
-from .uniform import uniform
 
 
 class TwoTowerSampler:

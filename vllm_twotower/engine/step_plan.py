@@ -20,9 +20,9 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_twotower.model.denoiser import CanvasRows
+from vllm_twotower.sampling.row_options import RowOptions
 
 from .request_table import RequestTable
-from .row_options import RowOptions
 
 
 @dataclass

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -24,28 +23,11 @@ from vllm_twotower.config import EngineOptions
 
 from .context import context_tower
 from .denoiser import CONTEXT_PREFIX, DENOISER_PREFIX, CanvasRows, DenoiserTower
+from .step_logits import StepLogits
 from .time_conditioning import TimeConditioning
 
 if TYPE_CHECKING:
     from vllm_twotower.engine.step_plan import StepPlan
-
-
-@dataclass
-class StepLogits:
-    """Logits of a step: context head (A, V) for autoregressive rows, denoiser head (T, V) for canvas tokens.
-
-    ``grammar`` holds, for requests with structured outputs, their ids and a bitmask (requests, V / 32) int32 of the
-    tokens that may come next.
-    """
-
-    context: Tensor | None
-    denoiser: Tensor | None
-    grammar: tuple[Sequence[str], np.ndarray] | None = None
-
-    @property
-    def shape(self) -> tuple[int]:
-        """The number of logit rows: vLLM's runner applies a grammar if there are any."""
-        return (sum(len(logits) for logits in (self.context, self.denoiser) if logits is not None),)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The block sampler's pure functions, against the distributions they draw from."""
+"""Predictions: pure functions, against the distributions they draw from."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from row_options import row_options
 
-from vllm_twotower.engine.block_sampler import draw, margin, probability, temper_and_filter
-from vllm_twotower.engine.uniform import uniform
+from vllm_twotower.sampling.prediction import draw, margin, probability, temper_and_filter
+from vllm_twotower.sampling.uniform import uniform
 
 
 def test_uniform_numbers_depend_on_every_counter_and_nothing_else() -> None:

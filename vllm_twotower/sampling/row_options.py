@@ -12,7 +12,7 @@ class RowOptions:
     """Options of R rows, gathered from the request table; each tensor is (R,).
 
     ``noise_schedule`` and ``remasking`` are indices into ``NOISE_SCHEDULES`` and ``REMASKING_SCORES`` of
-    :mod:`~vllm_twotower.engine.strategies`.
+    :mod:`~vllm_twotower.sampling.strategies`.
     """
 
     max_steps: Tensor

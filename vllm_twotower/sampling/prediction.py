@@ -1,7 +1,7 @@
 """How a token is predicted from logits: pure functions over all rows at once.
 
 T logit rows, vocabulary V. Which predictions of a canvas are kept is the business of
-:mod:`~vllm_twotower.engine.strategies`. Nothing here knows of vLLM's engine.
+:mod:`~vllm_twotower.sampling.strategies`. Nothing here knows of vLLM's engine.
 """
 
 from __future__ import annotations
