@@ -9,7 +9,7 @@ import golden_data
 import pytest
 import torch
 from comparisons import assert_logprobs, assert_prompt_logprobs, assert_same, model
-from engines import assert_idle, core, generate, running_engine
+from engines import assert_idle, core, generate, running_engine, tokens_of
 from oracle import expected
 from random_requests import draw_prompt, draw_request
 from strategy_plugin import install_left_to_right
@@ -109,24 +109,30 @@ def test_a_strategy_from_an_entry_point(tmp_path: Path, monkeypatch: pytest.Monk
     try:
         with running_engine(CHECKPOINT) as llm:
             prompt = [5, 60, 7]
-            ours = SamplingParams(
-                temperature=0, max_tokens=8, ignore_eos=True, extra_args={"diffusion_strategy": "left_to_right"}
-            )
-            default = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-            mine, others = generate(llm, [prompt] * 2, [ours, default])
-            assert list(others.outputs[0].token_ids) == expected(model(), prompt, default).token_ids
-            assert list(mine.outputs[0].token_ids) == left_to_right(prompt)[:8]
+            params = [
+                SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, extra_args=extra)
+                for extra in (
+                    {"diffusion_strategy": "left_to_right"},
+                    {"diffusion_strategy": "left_to_right", "diffusion_max_steps": 3},
+                    {},
+                )
+            ]
+            mine, hurried, others = tokens_of(generate(llm, [prompt] * 3, params))
+            assert list(others) == expected(model(), prompt, params[2]).token_ids
+            assert list(mine) == left_to_right(prompt, 16)
+            assert list(hurried) == left_to_right(prompt, 3)
     finally:
         strategies.cache_clear()
 
 
 @torch.inference_mode()
-def left_to_right(prompt: list[int]) -> list[int]:
-    """A block of 16 by the strategy of ``strategy_plugin``, pass by pass."""
+def left_to_right(prompt: list[int], passes: int) -> list[int]:
+    """A block of 16 by the strategy of docs/requests.md, pass by pass; the last one takes all that is left."""
     _, state = model().advance_context(torch.tensor([prompt]), None)
     canvas = torch.full((16,), 3)
-    for i in range(16):
+    for i in range(passes):
         logits = model().denoiser_logits(canvas, state, torch.tensor([(16 - i) / 16]))
         logits[:, 3] = -torch.inf
-        canvas[i] = logits[i].argmax()
+        end = i + 1 if i < passes - 1 else 16
+        canvas[i:end] = logits[i:end].argmax(-1)
     return canvas.tolist()

@@ -37,9 +37,14 @@ def server_environment() -> dict[str, str]:
     }
 
 
+def vllm_command(*arguments: str) -> list[str]:
+    """A command line of `vllm`, as a user types it."""
+    return [str(Path(sys.executable).with_name("vllm")), *arguments]
+
+
 def vllm_serve(model: str | Path, *options: str) -> list[str]:
-    """The command line of `vllm serve`, as a user types it."""
-    return [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *options]
+    """The command line of `vllm serve`."""
+    return vllm_command("serve", str(model), *options)
 
 
 def wait_until(holds: Callable[[], bool], what: str, seconds: float = 60) -> None:

@@ -24,6 +24,10 @@ BAD_OPTIONS = [
     ("diffusion_max_steps", 17),
     ("diffusion_max_steps", 2.5),
     ("diffusion_strategy", "unheard_of"),
+    ("diffusion_noise_schedule", "unheard_of"),
+    ("diffusion_adaptive_unmasking", 2),
+    ("diffusion_adaptive_unmasking", "yes"),
+    ("diffusion_remasking", "unheard_of"),
     ("diffusion_mode", "unheard_of"),
     ("diffusion_mode", ["ar"]),
     ("diffusion_foo", 1),
@@ -39,24 +43,47 @@ BAD_FIELDS = [
     ("min_p", 2, ("min_p", "2")),
     ("max_tokens", 0, ("max_tokens", "0")),
     ("n", 2, ("n must be 1", "2")),
-    ("logprobs", 0, ("logprobs", "0")),
-    ("logprobs", 3, ("logprobs", "3")),
-    ("prompt_logprobs", 2, ("prompt_logprobs", "2")),
-    ("logit_bias", {"5": 1}, ("logit_bias", "{5: 1.0}")),
-    ("presence_penalty", 0.5, ("presence_penalty", "0.5")),
-    ("frequency_penalty", 0.5, ("frequency_penalty", "0.5")),
-    ("repetition_penalty", 1.5, ("repetition_penalty", "1.5")),
-    ("min_tokens", 3, ("min_tokens", "3")),
-    ("bad_words", ["a"], ("bad_words", "['a']")),
-    ("allowed_token_ids", [5], ("allowed_token_ids", "[5]")),
+    ("logprobs", 21, ("logprobs", "21", "20")),
+    ("logprobs", -2, ("logprobs", "-2")),
+    ("prompt_logprobs", 21, ("prompt logprobs", "21", "20")),
+    ("logit_bias", {"320": 1}, ("logit_bias", "[320]")),
+    ("logit_bias", {"five": 1}, ("logit_bias", "['five']")),
+    ("presence_penalty", 2.5, ("presence_penalty", "2.5")),
+    ("frequency_penalty", -2.5, ("frequency_penalty", "-2.5")),
+    ("repetition_penalty", 0, ("repetition_penalty", "0.0")),
+    ("min_tokens", 49, ("min_tokens", "49", "48")),
+    ("bad_words", [" "], ("bad_words", "[' ']")),
+    ("allowed_token_ids", [], ("allowed_token_ids", "[]")),
+    ("allowed_token_ids", [320], ("allowed_token_ids", "[320]")),
+    ("allowed_token_ids", [3, 3], ("allowed_token_ids", "[3, 3]", "mask token")),
     ("stop_token_ids", [99999], ("stop_token_ids", "99999")),
     ("thinking_token_budget", 3, ("thinking_token_budget", "3")),
     ("kv_transfer_params", {"a": 1}, ("kv_transfer_params", "{'a': 1}")),
     ("response_format", SCHEMA, ("structured_outputs", "{'type': 'object'}")),
     ("response_format", {"type": "json_object"}, ("structured_outputs", "json_object=True")),
     ("structured_outputs", {"regex": "a+"}, ("structured_outputs", "'a+'")),
-    ("structured_outputs", {"choice": ["a", "b"]}, ("structured_outputs", "['a', 'b']")),
-    ("use_beam_search", True, ("logprobs",)),
+    ("structured_outputs", {"choice": ["a", "b"]}, ("structured_outputs", "['a', 'b']", "use diffusion_mode 'ar'")),
+]
+
+# A valid value of every option of the block sampler.
+BLOCK_OPTIONS = {
+    "diffusion_confidence_threshold": 0.5,
+    "diffusion_max_steps": 4,
+    "diffusion_canvas_length": 8,
+    "diffusion_strategy": "confidence_unmasking",
+    "diffusion_noise_schedule": "linear",
+    "diffusion_adaptive_unmasking": True,
+    "diffusion_remasking": "confidence",
+}
+# What each strategy leaves to the others.
+FOREIGN_OPTIONS = [
+    ("confidence_unmasking", "diffusion_noise_schedule"),
+    ("confidence_unmasking", "diffusion_adaptive_unmasking"),
+    ("confidence_unmasking", "diffusion_remasking"),
+    ("predict_and_noise", "diffusion_confidence_threshold"),
+    ("posterior", "diffusion_confidence_threshold"),
+    ("posterior", "diffusion_adaptive_unmasking"),
+    ("posterior", "diffusion_remasking"),
 ]
 
 
@@ -113,12 +140,42 @@ def test_bad_option_in_a_stream_is_its_only_event(server: Server) -> None:
     assert_works(server)
 
 
-@pytest.mark.parametrize("option", ["confidence_threshold", "max_steps", "canvas_length", "strategy"])
-def test_block_options_mean_nothing_to_ar(server: Server, option: str) -> None:
-    values = {"confidence_threshold": 0.5, "max_steps": 4, "canvas_length": 8, "strategy": "confidence_unmasking"}
-    xargs = {"diffusion_mode": "ar", f"diffusion_{option}": values[option]}
-    assert_refused(post(server, vllm_xargs=xargs), f"diffusion_{option}", str(values[option]), "'ar'")
+@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
+@pytest.mark.parametrize("option", BLOCK_OPTIONS)
+def test_block_options_mean_nothing_to_ar(server: Server, mode: str, option: str) -> None:
+    """JSON's true arrives as 1."""
+    value = BLOCK_OPTIONS[option]
+    answer = post(server, vllm_xargs={"diffusion_mode": mode, option: value})
+    assert_refused(answer, option, "1" if value is True else str(value), repr(mode))
     assert_works(server)
+
+
+@pytest.mark.parametrize(("strategy", "option"), FOREIGN_OPTIONS)
+def test_options_of_another_strategy_are_refused(server: Server, strategy: str, option: str) -> None:
+    answer = post(server, vllm_xargs={"diffusion_strategy": strategy, option: BLOCK_OPTIONS[option]})
+    assert_refused(answer, option, "no meaning", repr(strategy))
+    assert_works(server)
+
+
+@pytest.mark.parametrize(
+    "structured_outputs", [{"regex": "("}, {"json": "{"}, {"grammar": "what"}, {"choice": []}, {}], ids=str
+)
+def test_grammar_that_is_none(server: Server, structured_outputs: dict) -> None:
+    """Where grammars are honoured, vLLM's own checks hold."""
+    xargs = {"diffusion_mode": "ar"}
+    status, body = post(server, structured_outputs=structured_outputs, vllm_xargs=xargs)
+    assert status == 400, body
+    assert_works(server)
+
+
+def test_grammars_work_token_by_token(server: Server) -> None:
+    """The very grammars that blocks refuse, with a bias towards b."""
+    options = {"ignore_eos": False, "logit_bias": {"69": 50}, "vllm_xargs": {"diffusion_mode": "ar"}}
+    for fields in ({"structured_outputs": {"regex": "a+b"}}, {"structured_outputs": {"choice": ["aaab", "ab"]}}):
+        status, body = post(server, **fields, **options)
+        assert status == 200, body
+        assert body["choices"][0]["text"] == "ab"
+    assert_refused(post(server, **fields), "structured_outputs", "use diffusion_mode 'ar'")
 
 
 def test_prompts_that_cannot_be(server: Server) -> None:

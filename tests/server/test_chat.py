@@ -105,8 +105,10 @@ def test_chat_sampling_with_a_seed_repeats(tiny_server: Server, tiny_folder: Pat
     ("fields", "words"),
     [
         ({"vllm_xargs": {"diffusion_canvas_length": 17}}, ("diffusion_canvas_length", "17")),
-        ({"logprobs": True, "top_logprobs": 2}, ("logprobs", "2")),
-        ({"presence_penalty": 1}, ("presence_penalty", "1.0")),
+        ({"vllm_xargs": {"diffusion_mode": "mock_ar", "diffusion_max_steps": 4}}, ("diffusion_max_steps", "'mock_ar'")),
+        ({"logprobs": True, "top_logprobs": 21}, ("logprobs", "21")),
+        ({"presence_penalty": 3}, ("presence_penalty", "3.0")),
+        ({"thinking_token_budget": 3}, ("thinking_token_budget", "3")),
         ({"response_format": {"type": "json_object"}}, ("structured_outputs", "json_object=True")),
         ({"temperature": -1}, ("temperature", "-1")),
     ],

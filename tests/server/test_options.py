@@ -25,8 +25,10 @@ from answers import (
     of_chat,
     of_completion,
 )
+from oracle import expected
 from random_requests import RandomRequest, draw_request
 from serving import Server
+from vllm import SamplingParams
 from vllm.tokenizers import TokenizerLike, get_tokenizer
 
 from vllm_twotower.reference import TwoTowerModel
@@ -269,3 +271,36 @@ def test_grammar_picks_the_best_token_it_allows(
     short = answer("[bdg]{5}")
     assert (short.token_ids, short.text) == (want.token_ids[:5] + [EOS], want.text[:5])
     assert (short.finish_reason, short.stop_reason) == ("stop", None)
+
+
+# Beam search
+
+
+def beams(model: TwoTowerModel, prompt: list[int], width: int, max_tokens: int) -> list[list[int]]:
+    """The tokens of vLLM's beam search, which asks for one token of every beam at a time, best first.
+
+    vLLM asks without ``vllm_xargs``, so each token is the first one of a block that the denoiser fills.
+    """
+    alive, done = [(0.0, [])], []
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=2 * width)
+    for _ in range(max_tokens):
+        candidates = []
+        for score, tokens in alive:
+            [token] = expected(model, [*prompt, *tokens], params).tokens
+            for other, logprob in token.top:
+                if other == EOS:
+                    done.append((score + logprob, tokens))
+                else:
+                    candidates.append((score + logprob, [*tokens, other]))
+        alive = sorted(candidates, reverse=True)[:width]
+    return [tokens for _, tokens in sorted(done + alive, key=lambda x: -x[0] / (len(prompt) + len(x[1])))][:width]
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_beam_search(server: Server, oracle: TwoTowerModel, width: int) -> None:
+    prompt = tokens_of_text()
+    extra = {"use_beam_search": True, "return_token_ids": True}
+    completion = server.openai.completions.create(
+        model=server.model, prompt=prompt, max_tokens=5, temperature=0, n=width, extra_body=extra
+    )
+    assert [choice.token_ids for choice in completion.choices] == beams(oracle, prompt, width, 5)

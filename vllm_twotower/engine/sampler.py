@@ -171,7 +171,7 @@ class TwoTowerSampler:
         scored = self._apply_rules(rows, host_slots, logits, bounds, blocks)
         denoised = self._predict(blocks, rows, host_slots, logits, scored)
         commit = self._commit(blocks, denoised)
-        positions = self._hold_back(blocks, rows, host_slots, denoised, commit.positions & blocks.masked)
+        positions = self._hold_back(blocks, rows, host_slots, denoised, commit.positions)
         canvas = torch.where(positions, denoised.prediction, blocks.canvas)
         converged = ~(blocks.masked & ~positions).any(1)
         for i in np.flatnonzero(table.has_logprobs[host_slots]).tolist():
@@ -288,15 +288,17 @@ class TwoTowerSampler:
         )
 
     def _commit(self, blocks: BlockInputs, denoised: DenoiserPass) -> Commit:
-        """What each row's strategy commits."""
+        """What each row's strategy commits; in the last pass that a request allows, all that is left."""
         result = Commit(torch.zeros_like(blocks.masked), blocks.step.clone())
         for index, rows in blocks.strategy_rows():
             of_strategy = self._table.strategies[index].commit
             if rows is None:
-                return of_strategy(denoised, blocks.options)
-            commit = of_strategy(denoised.rows(rows), blocks.options.rows(rows))
-            result.positions[rows], result.step[rows] = commit.positions, commit.step
-        return result
+                result = of_strategy(denoised, blocks.options)
+            else:
+                commit = of_strategy(denoised.rows(rows), blocks.options.rows(rows))
+                result.positions[rows], result.step[rows] = commit.positions, commit.step
+        is_last = result.step >= blocks.options.max_steps - 1
+        return Commit((result.positions | is_last[:, None]) & blocks.masked, result.step)
 
     def _hold_back(
         self,

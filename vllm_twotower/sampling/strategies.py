@@ -83,8 +83,8 @@ def masked_share(masked_fraction: Tensor, step: Tensor, options: RowOptions) -> 
 class Strategy:
     """How blocks are unmasked.
 
-    ``commit`` decides over all rows at once, each by itself: a row's result must not depend on the others, it must
-    commit at least one masked position in every pass, and all of them in the last one that ``max_steps`` allows.
+    ``commit`` decides over all rows at once, each by itself: a row's result must not depend on the others. The last
+    pass that ``max_steps`` allows commits all that is left, whatever the strategy says.
     ``options`` names the request options (fields of ``RequestOptions``) that mean something to it; a request that sets
     another one is refused. ``time`` gives the denoiser's time (R,) in (0, 1] from (masked fraction, step, options).
     ``needs`` names the fields of :class:`DenoiserPass` that are computed for it alone.
