@@ -13,22 +13,27 @@ from engines import assert_idle, core, generate, running_engine, tokens_of
 from oracle import expected
 from random_requests import draw_prompt, draw_request
 from strategy_plugin import install_left_to_right
-from vllm import SamplingParams
+from vllm import RequestOutput, SamplingParams
 
 from vllm_twotower.sampling.strategies import strategies
 
 CHECKPOINT = golden_data.checkpoint("A")
 
 
-@pytest.mark.parametrize("commit", ["lazy", "separate"])
-def test_preempted_as_undisturbed(commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With few pages requests are thrown out in the middle of a block and start it again."""
+@pytest.fixture(scope="module")
+def undisturbed() -> tuple[list[list[int]], list[SamplingParams], list[RequestOutput]]:
+    """Sixty-four requests whose prompts nearly fill a page, and what they return where there is room."""
     rng = random.Random(8)
-    requests = [draw_request(rng, max_tokens=60) for _ in range(64)]
-    prompts = [draw_prompt(rng, tuple(range(95, 127))) for _ in requests]
-    params = [request.params() for request in requests]
+    params = [draw_request(rng, max_tokens=60).params() for _ in range(64)]
+    prompts = [draw_prompt(rng, tuple(range(95, 127))) for _ in params]
     with running_engine(CHECKPOINT) as llm:
-        undisturbed = generate(llm, prompts, params)
+        return prompts, params, generate(llm, prompts, params)
+
+
+@pytest.mark.parametrize("commit", ["lazy", "separate"])
+def test_preempted_as_undisturbed(commit: str, undisturbed: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few pages requests are thrown out in the middle of a block and start it again."""
+    prompts, params, outputs = undisturbed
     page = 64 << 10  # 128 tokens of keys and values, or one state, of this checkpoint
     options = {"max_model_len": 256, "kv_cache_memory_bytes": 14 * page}
     with running_engine(CHECKPOINT, {"commit": commit}, **options) as llm:
@@ -40,7 +45,7 @@ def test_preempted_as_undisturbed(commit: str, monkeypatch: pytest.MonkeyPatch) 
             return preempt(request, *args, **kwargs)
 
         monkeypatch.setattr(scheduler, "_preempt_request", count)
-        assert_same(generate(llm, prompts, params), undisturbed)
+        assert_same(generate(llm, prompts, params), outputs)
         assert {extra.get("diffusion_mode") for extra in preempted} == {None, "ar", "mock_ar"}
         assert_idle(llm)
 
@@ -50,7 +55,7 @@ def test_other_meanings_of_log_probabilities(logprobs_mode: str) -> None:
     """vLLM's ``--logprobs-mode``: of the distribution that is drawn from, or the logits themselves."""
     rng = random.Random(4)
     with running_engine(CHECKPOINT, logprobs_mode=logprobs_mode) as llm:
-        for _ in range(10):
+        for _ in range(6):
             request = draw_request(rng)
             params = request.params(llm.get_tokenizer(), logprobs=3, prompt_logprobs=None)
             [output] = generate(llm, [request.prompt], [request.params(logprobs=3, prompt_logprobs=None)])
