@@ -60,7 +60,7 @@ serve: setup  ## serve the tiny model over HTTP (MODEL=, CONFIG=, THREADS=)
 	$(RUN) $(THREADING) vllm serve $(MODEL) --config $(CONFIG)
 
 test: setup  ## run the tests, unit tests first (ARGS="-k name")
-	$(RUN) python -m pytest tests/unit tests $(ARGS)
+	$(RUN) python -m pytest tests/unit tests/engine tests/distributed tests/server tests/gpu $(ARGS)
 
 lint: setup  ## check style and formatting
 	$(BIN)/ruff check .

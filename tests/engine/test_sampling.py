@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 
@@ -15,6 +16,7 @@ from engines import assert_idle, generate, running_engine, tokens_of
 from oracle import expected
 from random_requests import RandomRequest, draw_prompt, draw_request
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.outputs import LogprobsTensors
 
 CHECKPOINT = golden_data.checkpoint("A")
@@ -186,3 +188,24 @@ def test_nothing_is_sent_for_requests_that_ask_for_nothing(llm: LLM, monkeypatch
     ]
     generate(llm, [[5, 6, 7 + i] for i in range(8)], params)
     assert sum(sent) == 16
+
+
+def test_grammars_beside_other_requests(llm: LLM) -> None:
+    """Requests of both autoregressive modes with a grammar and without, and blocks: each follows its own rules."""
+    prompts = [[5, 6, 7 + i] for i in range(12)]
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=20,
+            ignore_eos=i % 3 == 0,
+            structured_outputs=None if i % 3 == 0 else StructuredOutputsParams(regex=f"[a-c]{{{i}}}[0-9]"),
+            extra_args={"diffusion_mode": ("ar", "mock_ar")[i % 2] if i < 10 or i % 3 else "mask_diffusion"},
+        )
+        for i in range(12)
+    ]
+    outputs = generate(llm, prompts, params)
+    for i, (prompt, param, output) in enumerate(zip(prompts, params, outputs, strict=True)):
+        if i % 3:
+            assert re.fullmatch(f"[a-c]{{{i}}}[0-9]", output.outputs[0].text)
+        else:
+            assert list(output.outputs[0].token_ids) == expected(model(), prompt, param).token_ids

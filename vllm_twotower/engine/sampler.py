@@ -134,7 +134,9 @@ class TwoTowerSampler:
         host_slots, batch_rows = slots[rows.batch_rows], rows.batch_rows
         if chosen := [i for i, row in enumerate(batch_rows.tolist()) if row in grammar]:
             bitmask = np.stack([grammar[int(batch_rows[i])] for i in chosen])
-            xgrammar.apply_token_bitmask_inplace(logits, async_tensor_h2d(bitmask, device=device), indices=chosen)
+            constrained = logits[chosen]
+            xgrammar.apply_token_bitmask_inplace(constrained, async_tensor_h2d(bitmask, device=device))
+            logits[chosen] = constrained
         raw = self._apply_rules(rows, host_slots, logits, np.arange(len(rows) + 1), None)
         tokens = logits.argmax(-1)
         hot = np.flatnonzero(table.is_random[host_slots])
