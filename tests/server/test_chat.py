@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from serving import Server
+from vllm.tokenizers import get_tokenizer
 
 PROBLEMS = 20
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "fruit": {"type": "string", "enum": ["apples", "pears", "plums"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 99},
+        "sure": {"type": "boolean"},
+    },
+    "required": ["fruit", "count", "sure"],
+    "additionalProperties": False,
+}
+QUESTION = [{"role": "user", "content": "Tom has 12 apples and buys 7 more. How many apples does he have?"}]
 
 
 def held_out(folder: Path) -> list[dict[str, str]]:
@@ -99,6 +113,61 @@ def test_chat_sampling_with_a_seed_repeats(tiny_server: Server, tiny_folder: Pat
     first = answers()
     assert len(first) == 2
     assert first == answers()
+
+
+def structured_answers(server: Server, mode: str, **fields: Any) -> list[str]:
+    """Texts of a greedy chat and of five drawn ones, streamed or whole; all end by themselves."""
+    texts = []
+    extra = fields.pop("extra_body", {})
+    for seed in range(6):
+        arguments = {
+            "model": server.model,
+            "messages": QUESTION,
+            "max_tokens": 200,
+            "temperature": 1.5 if seed else 0,
+            "seed": seed,
+            "extra_body": {**extra, "vllm_xargs": {"diffusion_mode": mode}},
+            **fields,
+        }
+        if seed % 2:
+            [choice] = server.openai.chat.completions.create(**arguments).choices
+            text, reason = choice.message.content, choice.finish_reason
+        else:
+            chunks = [x.choices[0] for x in server.openai.chat.completions.create(stream=True, **arguments)]
+            text, reason = "".join(x.delta.content or "" for x in chunks), chunks[-1].finish_reason
+        assert reason == "stop", text
+        texts.append(text)
+    return texts
+
+
+@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
+def test_json_schema(tiny_server: Server, tiny_folder: Path, mode: str) -> None:
+    """JSON may have any blanks between its tokens; a bias keeps this model from writing nothing else."""
+    schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
+    tokenizer = get_tokenizer(tiny_folder)
+    blanks = [token for token in range(tokenizer.vocab_size) if tokenizer.decode([token]).isspace()]
+    bias = {str(token): -100 for token in blanks}
+    for text in structured_answers(tiny_server, mode, response_format=schema, logit_bias=bias):
+        answer = json.loads(text)
+        assert answer.keys() == {"fruit", "count", "sure"}
+        assert answer["fruit"] in ("apples", "pears", "plums")
+        assert answer["count"] in range(100)
+        assert answer["sure"] in (True, False)
+
+
+@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
+def test_regex(tiny_server: Server, mode: str) -> None:
+    pattern = r"The answer is [1-9][0-9]{0,2}\."
+    texts = structured_answers(tiny_server, mode, extra_body={"structured_outputs": {"regex": pattern}})
+    assert all(re.fullmatch(pattern, text) for text in texts), texts
+    assert len(set(texts)) > 1
+
+
+@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
+def test_choice(tiny_server: Server, mode: str) -> None:
+    choices = ["nineteen apples", "19 apples", "no apple", "Übermäßig viele Äpfel €"]
+    texts = structured_answers(tiny_server, mode, extra_body={"structured_outputs": {"choice": choices}})
+    assert all(text in choices for text in texts), texts
 
 
 @pytest.mark.parametrize(

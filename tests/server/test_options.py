@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import re
 import string
 from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import golden_data
@@ -180,74 +178,7 @@ def test_random_requests_at_once(server: Server, oracle: TwoTowerModel, tokenize
         assert_same(got, want)
 
 
-# Grammars
-
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "fruit": {"type": "string", "enum": ["apples", "pears", "plums"]},
-        "count": {"type": "integer", "minimum": 0, "maximum": 99},
-        "sure": {"type": "boolean"},
-    },
-    "required": ["fruit", "count", "sure"],
-    "additionalProperties": False,
-}
-QUESTION = [{"role": "user", "content": "Tom has 12 apples and buys 7 more. How many apples does he have?"}]
-
-
-def structured_answers(server: Server, mode: str, **fields: Any) -> list[str]:
-    """Texts of a greedy chat and of five drawn ones, streamed or whole; all end by themselves."""
-    texts = []
-    extra = fields.pop("extra_body", {})
-    for seed in range(6):
-        arguments = {
-            "model": server.model,
-            "messages": QUESTION,
-            "max_tokens": 200,
-            "temperature": 1.5 if seed else 0,
-            "seed": seed,
-            "extra_body": {**extra, "vllm_xargs": {"diffusion_mode": mode}},
-            **fields,
-        }
-        if seed % 2:
-            [choice] = server.openai.chat.completions.create(**arguments).choices
-            text, reason = choice.message.content, choice.finish_reason
-        else:
-            chunks = [x.choices[0] for x in server.openai.chat.completions.create(stream=True, **arguments)]
-            text, reason = "".join(x.delta.content or "" for x in chunks), chunks[-1].finish_reason
-        assert reason == "stop", text
-        texts.append(text)
-    return texts
-
-
-@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
-def test_json_schema(tiny_server: Server, tiny_folder: Path, mode: str) -> None:
-    """JSON may have any blanks between its tokens; a bias keeps this model from writing nothing else."""
-    schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
-    tokenizer = get_tokenizer(tiny_folder)
-    blanks = [token for token in range(tokenizer.vocab_size) if tokenizer.decode([token]).isspace()]
-    bias = {str(token): -100 for token in blanks}
-    for text in structured_answers(tiny_server, mode, response_format=schema, logit_bias=bias):
-        answer = json.loads(text)
-        assert answer.keys() == {"fruit", "count", "sure"}
-        assert answer["fruit"] in ("apples", "pears", "plums")
-        assert answer["count"] in range(100)
-        assert answer["sure"] in (True, False)
-
-
-@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
-def test_regex(tiny_server: Server, mode: str) -> None:
-    pattern = r"The answer is [1-9][0-9]{0,2}\."
-    texts = structured_answers(tiny_server, mode, extra_body={"structured_outputs": {"regex": pattern}})
-    assert all(re.fullmatch(pattern, text) for text in texts), texts
-    assert len(set(texts)) > 1
-
-
-@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
-def test_choice(tiny_server: Server, mode: str) -> None:
-    choices = ["nineteen apples", "19 apples", "no apple", "Übermäßig viele Äpfel €"]
-    texts = structured_answers(tiny_server, mode, extra_body={"structured_outputs": {"choice": choices}})
-    assert all(text in choices for text in texts), texts
+# Grammars; tests/server/test_chat.py has those that a trained model follows
 
 
 @pytest.mark.parametrize("mode", ["ar", "mock_ar"])
@@ -271,6 +202,31 @@ def test_grammar_picks_the_best_token_it_allows(
     short = answer("[bdg]{5}")
     assert (short.token_ids, short.text) == (want.token_ids[:5] + [EOS], want.text[:5])
     assert (short.finish_reason, short.stop_reason) == ("stop", None)
+
+
+def test_grammars_beside_others(server: Server, oracle: TwoTowerModel, tokenizer: TokenizerLike) -> None:
+    """Requests with grammars of their own and requests without, of all modes in one batch: to each its own mask."""
+    prompt, alphabets = tokens_of_text(), ("bdg", "fhj", "", "kmq", "", "vwy", "", "")
+    cases = []
+    for i, letters in enumerate(alphabets * 2):
+        mode = MODES[i % 3] if not letters else MODES[1 + i % 2]
+        options = {**BASE, "max_tokens": 60, "ignore_eos": True, "extra_args": {"diffusion_mode": mode}}
+        as_if, asked = dict(options), dict(options)
+        if letters:
+            as_if["allowed_token_ids"] = [tokenizer.encode(letter)[0] for letter in letters]
+            asked["structured_outputs"] = {"regex": f"[{letters}]{{60}}"}
+        cases.append((asked, as_if))
+
+    async def ask() -> list[Any]:
+        async with server.async_openai() as api:
+            create = api.completions.create
+            return await asyncio.gather(
+                *(create(model=server.model, **completion_arguments(prompt, asked)) for asked, _ in cases)
+            )
+
+    for (_, as_if), completion in zip(cases, asyncio.run(ask()), strict=True):
+        want = expected_answers(oracle, tokenizer, prompt, as_if)
+        assert_same([of_completion(choice) for choice in completion.choices], want)
 
 
 # Beam search
