@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from vllm_twotower.patches.registry import Patch, replace, serves_two_tower
-from vllm_twotower.patches.sampling_params import everywhere
+from vllm_twotower.patches.registry import Patch, everywhere, replace, serves_two_tower
 
 SPEC_DECODING_CLS = "vllm.v1.metrics.loggers:PrometheusStatLogger._spec_decoding_cls"
 METRICS = "vllm.v1.spec_decode.metrics"

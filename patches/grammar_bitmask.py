@@ -3,8 +3,7 @@
 import functools
 from typing import Any
 
-from vllm_twotower.patches.registry import Patch, locate, replace
-from vllm_twotower.patches.sampling_params import everywhere
+from vllm_twotower.patches.registry import Patch, everywhere, locate, replace
 
 APPLY = "vllm.v1.worker.gpu.structured_outputs:StructuredOutputsWorker.apply_grammar_bitmask"
 

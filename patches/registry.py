@@ -111,6 +111,11 @@ def runs_on_cpu_without_triton() -> bool:
     return current_platform.is_cpu() and not HAS_TRITON
 
 
+def everywhere() -> bool:
+    """In every process, on every platform."""
+    return True
+
+
 def serves_two_tower(model_config: Any) -> bool:
     """Whether a vLLM ModelConfig (or None) is for the TwoTower model."""
     return model_config is not None and TWO_TOWER_ARCHITECTURE in (model_config.architectures or ())

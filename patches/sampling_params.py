@@ -3,14 +3,9 @@
 import functools
 from typing import Any
 
-from vllm_twotower.patches.registry import Patch, locate, replace, serves_two_tower
+from vllm_twotower.patches.registry import Patch, everywhere, locate, replace, serves_two_tower
 
 VALIDATION = "vllm.sampling_params:SamplingParams._validate_diffusion"
-
-
-def everywhere() -> bool:
-    """In every process, on every platform: requests are checked wherever they enter vLLM."""
-    return True
 
 
 def install_validation() -> None:

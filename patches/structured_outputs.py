@@ -3,8 +3,7 @@
 import functools
 from typing import Any
 
-from vllm_twotower.patches.registry import Patch, locate, replace, serves_two_tower
-from vllm_twotower.patches.sampling_params import everywhere
+from vllm_twotower.patches.registry import Patch, everywhere, locate, replace, serves_two_tower
 
 VALIDATION = "vllm.sampling_params:SamplingParams._validate_structured_outputs"
 

@@ -171,7 +171,7 @@ class TwoTowerSampler:
         bounds = rows.query_start_loc
         suppress_mask_token(logits, engine.mask_token_id)
         scored = self._apply_rules(rows, host_slots, logits, bounds, blocks)
-        denoised = self._predict(blocks, rows, host_slots, logits, scored)
+        denoised = self._predict(plan, host_slots, logits, scored)
         commit = self._commit(blocks, denoised)
         positions = self._hold_back(blocks, rows, host_slots, denoised, commit.positions)
         canvas = torch.where(positions, denoised.prediction, blocks.canvas)
@@ -244,23 +244,18 @@ class TwoTowerSampler:
                 scored[row] = shaped[first:end]
 
     def _predict(
-        self,
-        blocks: BlockInputs,
-        rows: TowerRows,
-        host_slots: np.ndarray,
-        logits: torch.Tensor,
-        scored: dict[int, torch.Tensor],
+        self, plan: StepPlan, host_slots: np.ndarray, logits: torch.Tensor, scored: dict[int, torch.Tensor]
     ) -> DenoiserPass:
         """Predictions and what the strategies ask of them, from fp32 logits (T, V) of the blocks' tokens."""
-        table = self._table
-        needs = frozenset().union(*(table.strategies[i].needs for i in np.unique(blocks.strategy)))
+        table, blocks = self._table, plan.blocks
+        needs = frozenset().union(*(table.strategies[index].needs for index, _ in blocks.strategy_rows))
         tokens, confidence = predict(logits)
         energy = confidence.log() if "energy" in needs else None
-        row_of_token = rows.row_of_token()
+        row_of_token = plan.split.blocks.row_of_token()
         hot = np.flatnonzero(table.is_random[host_slots][row_of_token])
         if len(hot):
             chosen = async_tensor_h2d(hot, device=logits.device)
-            of_row = blocks.row_of_token[chosen]
+            of_row = plan.canvas.rows.row_of_token[chosen]  # blocks come first among the canvas rows
             options = blocks.options.rows(of_row)
             hot_logits = logits[chosen]
             shaped = self._shape(hot_logits, options, host_slots[row_of_token[hot]])
@@ -292,7 +287,7 @@ class TwoTowerSampler:
     def _commit(self, blocks: BlockInputs, denoised: DenoiserPass) -> Commit:
         """What each row's strategy commits; in the last pass that a request allows, all that is left."""
         result = Commit(torch.zeros_like(blocks.masked), blocks.step.clone())
-        for index, rows in blocks.strategy_rows():
+        for index, rows in blocks.strategy_rows:
             of_strategy = self._table.strategies[index].commit
             if rows is None:
                 result = of_strategy(denoised, blocks.options)

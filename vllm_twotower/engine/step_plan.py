@@ -12,8 +12,9 @@ before it; so the last prompt token is the denoiser's too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ class RowSplit:
     emits: np.ndarray
     next_token: np.ndarray
 
-    @property
+    @cached_property
     def blocks(self) -> TowerRows:
         """The canvas rows that are blocks."""
         return self.canvas.ordered(np.arange(len(self.canvas) - self.num_mock_ar))
@@ -171,16 +172,15 @@ class CanvasInputs:
 class BlockInputs:
     """What the sampler needs of the canvases that are blocks, R rows of T tokens.
 
-    ``slots``, ``batch_rows``, ``starts`` (the canvas's first position) and ``lengths`` are (R,); ``row_of_token`` and
-    ``places`` (T,) say which row a token belongs to and where it lies in the R canvases of the served length S,
-    flattened; ``valid`` (R, S) are the positions that exist; ``masked`` (R, S) those still to fill; ``step`` (R,).
+    ``slots``, ``batch_rows``, ``starts`` (the canvas's first position) and ``lengths`` are (R,); ``places`` (T,) is
+    where each token lies in the R canvases of the served length S, flattened; ``valid`` (R, S) are the positions that
+    exist; ``masked`` (R, S) those still to fill; ``step`` (R,).
     """
 
     slots: torch.Tensor
     batch_rows: torch.Tensor
     starts: torch.Tensor
     lengths: torch.Tensor
-    row_of_token: torch.Tensor
     places: torch.Tensor
     valid: torch.Tensor
     canvas: torch.Tensor
@@ -195,12 +195,14 @@ class BlockInputs:
         """(T,): where each token lies in its row."""
         return self.places % self.valid.shape[1]
 
-    def strategy_rows(self) -> Iterator[tuple[int, torch.Tensor | None]]:
+    @cached_property
+    def strategy_rows(self) -> list[tuple[int, torch.Tensor | None]]:
         """The strategies in use, each with the rows that use it; None where all rows do."""
-        used = np.unique(self.strategy)
-        for index in used:
-            rows = np.flatnonzero(self.strategy == index)
-            yield int(index), None if len(used) == 1 else async_tensor_h2d(rows, device=self.slots.device)
+        used = np.unique(self.strategy).tolist()
+        if len(used) == 1:
+            return [(used[0], None)]
+        rows = [np.flatnonzero(self.strategy == index) for index in used]
+        return [(i, async_tensor_h2d(r, device=self.slots.device)) for i, r in zip(used, rows, strict=True)]
 
 
 @dataclass
@@ -252,7 +254,6 @@ def block_inputs(split: RowSplit, table: RequestTable, slots: np.ndarray) -> Blo
         batch_rows=async_tensor_h2d(rows.batch_rows, device=device),
         starts=async_tensor_h2d(rows.starts, device=device),
         lengths=lengths,
-        row_of_token=async_tensor_h2d(rows.row_of_token(), device=device),
         places=async_tensor_h2d(rows.spread(np.arange(len(rows)) * served), device=device),
         valid=valid,
         canvas=canvas,
@@ -304,7 +305,7 @@ def _times(blocks: BlockInputs | None, table: RequestTable) -> torch.Tensor:
     if blocks is None:
         return torch.empty(0, device=table.device)
     time = blocks.masked.sum(1) / blocks.lengths
-    for index, rows in blocks.strategy_rows():
+    for index, rows in blocks.strategy_rows:
         of_strategy = table.strategies[index].time
         if rows is None:
             time = of_strategy(time, blocks.step, blocks.options)
