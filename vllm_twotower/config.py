@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 ADDITIONAL_CONFIG_KEY = "twotower"
-COMMIT_POLICIES = ("lazy", "separate")
+COMMIT_POLICIES = ("lazy", "grouped", "separate")
 MODES = ("mask_diffusion", "ar", "mock_ar")
 DEFAULT_STRATEGY = "confidence_unmasking"
 
@@ -31,7 +31,10 @@ class EngineOptions:
 
     ``canvas_length`` (S) tokens are denoised at once in at most ``max_denoising_steps`` passes; a request may ask for
     less. ``commit`` says when the context tower reads a finished block: ``lazy`` in the step that starts the next one
-    (the last block of a request is never read), ``separate`` in a step of its own, before the block is returned.
+    (the last block of a request is never read), ``grouped`` like it, but blocks wait for others, so that not every step
+    runs both towers, ``separate`` in a step of its own, before the block is returned.
+    ``denoise_steps_per_engine_step`` bounds the denoiser passes of one engine step; ``auto`` goes on while no request
+    waits for the step's end.
     ``request_metrics`` is the level of ``--per-request-spec-decode-metrics``.
     """
 
@@ -40,6 +43,7 @@ class EngineOptions:
     confidence_threshold: float = 0.8
     mask_token_id: int = DEFAULT_MASK_TOKEN_ID
     commit: str = "lazy"
+    denoise_steps_per_engine_step: int | Literal["auto"] = "auto"
     request_metrics: str = "none"
 
     @classmethod
@@ -66,6 +70,7 @@ class EngineOptions:
             "confidence_threshold": _threshold,
             "mask_token_id": lambda name, value: _integer(name, value, 0, vocab_size - 1),
             "commit": lambda name, value: _choice(name, value, COMMIT_POLICIES),
+            "denoise_steps_per_engine_step": _steps_or_auto,
         }
         chosen: dict[str, Any] = {} if mask_token_id is None else {"mask_token_id": mask_token_id}
         for name, value in given.items():
@@ -174,6 +179,15 @@ def _integer(name: str, value: Any, low: int, high: int | None) -> int:
             name, value, f"must be an integer {f'from {low} to {high}' if high else f'of at least {low}'}"
         )
     return value
+
+
+def _steps_or_auto(name: str, value: Any) -> int | str:
+    if value == "auto":
+        return value
+    try:
+        return _integer(name, value, 1, None)
+    except RequestError:
+        raise RequestError(name, value, "must be 'auto' or an integer of at least 1") from None
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -106,9 +106,10 @@ def step(
     sampled: dict[str, int],
     scores: dict[str, LogprobsTensors] | None = None,
     token_scores: dict[str, torch.Tensor] | None = None,
+    passes: dict[str, int] | None = None,
     abort_meanwhile: str | None = None,
 ) -> dict[str, EngineCoreOutput]:
-    """One step in which requests sample so many tokens, and the worker returns prompt scores of some."""
+    """One step in which requests sample so many tokens, and the worker returns prompt scores and passes of some."""
     scheduled = made.schedule()
     names = list(scheduled.num_scheduled_tokens)
     if abort_meanwhile is not None:
@@ -121,6 +122,7 @@ def step(
             sampled_token_ids=[[9] * sampled.get(name, 0) for name in names],
             prompt_logprobs_dict=dict(scores or {}),
             prompt_token_id_logprobs_dict=dict(token_scores or {}),
+            num_nans_in_logits=dict(passes or {}),
         ),
     )
     made.update_draft_token_ids(DraftTokenIds(names, [[3] * WIDTH for _ in names]))
@@ -185,18 +187,38 @@ def test_preempted_passes_are_in_no_block(lazy: TwoTowerScheduler) -> None:
         return stats
 
     lazy.make_stats = record
-    for sampled in (0, 0, 0, 0):
-        step(lazy, {"a": sampled})
+    first, again, whole = {"a": 3}, {"a": 2}, {"a": 4}  # context and denoiser; denoiser once; twice
+    for passes in (first, again, again):
+        step(lazy, {}, passes=passes)
     lazy.reset_prefix_cache(reset_running_requests=True)
-    for sampled in (0, 0, WIDTH):
-        step(lazy, {"a": sampled})
+    step(lazy, {}, passes=first)
+    step(lazy, {"a": WIDTH}, passes=again)
     lazy.reset_prefix_cache(reset_running_requests=True)
-    step(lazy, {})
-    output = step(lazy, {"a": WIDTH})["a"]
-    assert [costs.context_passes for costs in sent] == [1, 0, 0, 0, 1, 0, 0, 1, 0]
-    assert [costs.denoiser_passes for costs in sent] == [0, 1, 1, 1, 0, 1, 1, 0, 1]
-    assert [costs.steps_per_block for costs in sent if costs.steps_per_block] == [[2], [1]]
-    assert output.spec_decode_metrics.histogram == [4] + [0] * (WIDTH - 1) + [2]
+    step(lazy, {}, passes={"a": 1})
+    output = step(lazy, {"a": WIDTH}, passes=whole)["a"]
+    assert [costs.context_passes for costs in sent] == [1, 0, 0, 1, 0, 1, 0]
+    assert [costs.denoiser_passes for costs in sent] == [1, 1, 1, 1, 1, 0, 2]
+    assert [costs.steps_per_block for costs in sent if costs.steps_per_block] == [[2], [2]]
+    assert output.spec_decode_metrics.histogram == [5] + [0] * (WIDTH - 1) + [2]
+
+
+def test_a_block_may_be_whole_in_the_prompts_last_step(lazy: TwoTowerScheduler) -> None:
+    """It lies in pages reserved beyond the prompt, and counts as computed like any other block."""
+    add(lazy, "a", 5, max_tokens=2 * WIDTH)
+    output = step(lazy, {"a": WIDTH}, passes={"a": 3})["a"]
+    assert len(output.new_token_ids) == WIDTH
+    assert lazy.requests["a"].num_computed_tokens == 5 + WIDTH
+    assert lazy.schedule().num_scheduled_tokens == {"a": WIDTH}
+
+
+def test_blocks_are_scheduled_before_prompts() -> None:
+    """A prompt in chunks came first, but the canvas behind it is whole."""
+    made = scheduler(long_prefill_token_threshold=20)
+    add(made, "long", 100)
+    add(made, "short", 3)
+    step(made, {})
+    made.max_num_scheduled_tokens = 25
+    assert made.schedule().num_scheduled_tokens == {"long": 9, "short": WIDTH}
 
 
 def test_autoregressive_requests_have_no_drafts(lazy: TwoTowerScheduler) -> None:

@@ -20,17 +20,14 @@ from .metrics import RequestDenoisingMetrics, StepCosts
 
 @dataclass
 class RowState:
-    """What decides which towers run a request's row: the worker has the same, from the same events.
+    """What is known of a running request: its options, its last prompt token, and the passes over its block.
 
-    The first ``prefill_len`` tokens are read as a prompt, after a preemption also those generated before. The block
-    that is being filled had ``num_passes`` denoiser passes. ``pending``: the context tower has yet to read a block
-    that was returned.
+    The first ``prefill_len`` tokens are read as a prompt, after a preemption also those generated before.
     """
 
     options: RequestOptions
     prefill_len: int
     num_passes: int = 0
-    pending: bool = False
 
 
 class TwoTowerScheduler(DiffusionScheduler):
@@ -41,6 +38,8 @@ class TwoTowerScheduler(DiffusionScheduler):
         self._engine_options = EngineOptions.of(self.vllm_config.model_config)
         # vLLM's own level must be none without a speculative configuration.
         self.spec_decode_metrics_level = self._engine_options.request_metrics
+        # Room for the first canvas, which is denoised in the prompt's last step.
+        self.num_lookahead_tokens = self._engine_options.canvas_length
         self._rows: dict[str, RowState] = {}
         self._costs = StepCosts()
         self._held_logprobs: dict[str, Any] = {}
@@ -61,6 +60,11 @@ class TwoTowerScheduler(DiffusionScheduler):
                 draft_token_ids.draft_token_ids[i] = []
         super().update_draft_token_ids(draft_token_ids)
 
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's schedule, in which blocks come before prompts: a canvas is denoised whole or not at all."""
+        self.running.sort(key=lambda request: request.is_prefill_chunk)
+        return super().schedule(*args, **kwargs)
+
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
@@ -68,15 +72,19 @@ class TwoTowerScheduler(DiffusionScheduler):
         starts = self._update_rows(scheduler_output)
         index, sampled = model_runner_output.req_id_to_index, model_runner_output.sampled_token_ids
         num_sampled = {req_id: len(sampled[index[req_id]]) if sampled else 0 for req_id in starts}
+        passes, model_runner_output.num_nans_in_logits = model_runner_output.num_nans_in_logits or {}, None
         # Also for requests aborted while the step ran: the worker has run their rows.
         for req_id, start in starts.items():
-            request = self.requests.get(req_id)
-            metrics = None if request is None else request.spec_decode_metrics
-            num_scheduled = scheduler_output.num_scheduled_tokens[req_id]
-            self._count_row(self._rows[req_id], start, num_scheduled, num_sampled[req_id], metrics)
+            self._count_row(req_id, start, passes.get(req_id, 0), num_sampled[req_id])
         self._hold(self._held_logprobs, model_runner_output.prompt_logprobs_dict, num_sampled)
         self._hold(self._held_token_id_logprobs, model_runner_output.prompt_token_id_logprobs_dict, num_sampled)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for req_id, start in starts.items():
+            row, request = self._rows[req_id], self.requests.get(req_id)
+            if start < row.prefill_len and request is not None and row.options.mode == "mask_diffusion":
+                # A block that was whole in the prompt's last step lies in pages beyond what that step had scheduled.
+                request.num_computed_tokens += num_sampled[req_id]
+        return outputs
 
     def _update_rows(self, scheduler_output: SchedulerOutput) -> dict[str, int]:
         """Starts and drops row states when the worker does; returns where each scheduled row's tokens start."""
@@ -90,37 +98,26 @@ class TwoTowerScheduler(DiffusionScheduler):
             starts[new.req_id] = new.num_computed_tokens
         return starts
 
-    def _count_row(
-        self,
-        row: RowState,
-        start: int,
-        num_scheduled: int,
-        num_sampled: int,
-        metrics: RequestDenoisingMetrics | None,
-    ) -> None:
-        """Counts what the worker did with a row of tokens from ``start`` on; see ``step_plan.split_rows``."""
-        costs, options, lazy_commit = self._costs, row.options, self._engine_options.commit == "lazy"
-        if start < row.prefill_len or options.mode != "mask_diffusion":
-            # In mock_ar the newest token is the denoiser's: a last chunk of one token leaves the context tower nothing.
-            costs.context_passes += not (options.mode == "mock_ar" and start == row.prefill_len - 1)
-            return
-        if num_scheduled < min(options.canvas_length, self.max_model_len - start):
-            return  # scheduled in part
-        costs.context_passes += row.pending if lazy_commit else num_sampled > 0
-        if lazy_commit or not num_sampled:
-            costs.denoiser_passes += 1
-            costs.canvas_positions += num_scheduled
-            row.num_passes += 1
-            if metrics is not None:
-                metrics.add_pass(num_scheduled, self.spec_decode_metrics_level == "detailed")
-        if num_sampled:
+    def _count_row(self, req_id: str, start: int, passes: int, num_sampled: int) -> None:
+        """Counts what the worker's towers did with a row, see ``TwoTowerSampler``."""
+        row, costs, request = self._rows[req_id], self._costs, self.requests.get(req_id)
+        metrics = None if request is None else request.spec_decode_metrics
+        denoised, context = divmod(passes, 2)
+        width = min(row.options.canvas_length, self.max_model_len - max(start, row.prefill_len))
+        costs.context_passes += context
+        costs.denoiser_passes += denoised
+        costs.canvas_positions += denoised * width
+        row.num_passes += denoised
+        if metrics is not None:
+            for _ in range(denoised):
+                metrics.add_pass(width, self.spec_decode_metrics_level == "detailed")
+        if num_sampled and row.options.mode == "mask_diffusion":
             costs.committed_tokens += num_sampled
             costs.steps_per_block.append(row.num_passes)
-            costs.forced_blocks += row.num_passes >= options.max_steps
+            costs.forced_blocks += row.num_passes >= row.options.max_steps
             row.num_passes = 0
             if metrics is not None:
                 metrics.finish_block(num_sampled)
-        row.pending = lazy_commit and num_sampled > 0
 
     def _hold(self, held: dict[str, Any], returned: dict[str, Any], num_sampled: dict[str, int]) -> None:
         """Takes from ``returned`` what vLLM could not send yet, and puts back what goes with a first output."""

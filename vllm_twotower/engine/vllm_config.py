@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import vllm.envs as envs
 from vllm.config import DiffusionConfig
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
@@ -97,6 +98,11 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             vllm_config.scheduler_config.async_scheduling,
             "which rows the context tower runs on depends on the step before",
         ),
+        (
+            "VLLM_RAISE_ON_LOGIT_NANS",
+            envs.VLLM_RAISE_ON_LOGIT_NANS,
+            "vLLM's count of NaN logits carries the denoiser's passes to the scheduler",
+        ),
         ("mamba_use_replayssm", vllm_config.cache_config.use_replayssm, "the denoiser reads materialised Mamba states"),
     )
     for name, value, reason in refused:
@@ -109,10 +115,11 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
 
 def _refuse_uncommitted_blocks_in_caches(vllm_config: VllmConfig, options: EngineOptions) -> None:
     """Caches that outlive a request would keep pages the context tower has not written yet."""
-    reason = {
-        "lazy": "with commit='lazy' the last block of a request never gets its keys, values and Mamba states",
-        "separate": "the Mamba states of generated blocks are not kept at block borders",
-    }[options.commit]
+    reason = (
+        "the Mamba states of generated blocks are not kept at block borders"
+        if options.commit == "separate"
+        else f"with commit={options.commit!r} the last block of a request never gets its keys, values and Mamba states"
+    )
     if vllm_config.cache_config.enable_prefix_caching:
         raise ValueError(f"enable_prefix_caching=True is not supported for TwoTower models: {reason}")
     offloading_size = vllm_config.cache_config.kv_offloading_size
