@@ -26,7 +26,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingProm
 from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_twotower
-from vllm_twotower.engine.metrics import HELP, STEPS_PER_BLOCK, RequestDenoisingMetrics, StepCosts, TwoTowerProm
+from vllm_twotower.engine.metrics import GAUGES, HELP, STEPS_PER_BLOCK, RequestDenoisingMetrics, StepCosts, TwoTowerProm
 from vllm_twotower.engine.scheduler import TwoTowerScheduler
 from vllm_twotower.engine.vllm_config import SCHEDULER_CLS
 from vllm_twotower.patches.registry import TWO_TOWER_ARCHITECTURE
@@ -212,13 +212,13 @@ def test_a_block_may_be_whole_in_the_prompts_last_step(lazy: TwoTowerScheduler) 
 
 
 def test_blocks_are_scheduled_before_prompts() -> None:
-    """A prompt in chunks came first, but the canvas behind it is whole."""
-    made = scheduler(long_prefill_token_threshold=20)
+    """A prompt in chunks came first, but the canvas behind it is whole, and the prompt has as many tokens."""
+    beside = {"twotower": {"prompt_tokens_beside_blocks": 9}}
+    made = scheduler(long_prefill_token_threshold=20, additional_config=beside)
     add(made, "long", 100)
     add(made, "short", 3)
     step(made, {})
-    made.max_num_scheduled_tokens = 25
-    assert made.schedule().num_scheduled_tokens == {"long": 9, "short": WIDTH}
+    assert made.schedule().num_scheduled_tokens == {"long": 16, "short": WIDTH}
 
 
 def test_autoregressive_requests_have_no_drafts(lazy: TwoTowerScheduler) -> None:
@@ -233,7 +233,7 @@ def test_autoregressive_requests_have_no_drafts(lazy: TwoTowerScheduler) -> None
     assert lazy.schedule().num_scheduled_tokens == {"mask_diffusion": WIDTH, "ar": 1, "mock_ar": 1}
 
 
-COSTS = StepCosts(3, 40, 32, 5, 1, [2, 16])
+COSTS = StepCosts(3, 40, 32, 5, 1, 4, 7, 1, 250, 125, [2, 16])
 
 
 def test_costs_travel_to_the_front_end() -> None:
@@ -266,9 +266,10 @@ def test_prometheus_keeps_engines_apart() -> None:
         made = TwoTowerProm(None, ["model_name", "engine"], {i: ["m", str(i)] for i in range(2)}, is_diffusion=True)
         made.observe(COSTS.pack(WIDTH), engine_idx=1)
         made.observe(COSTS.pack(WIDTH), engine_idx=1)
-        counters = [name for name in HELP if name != STEPS_PER_BLOCK]
-        assert [sample(f"{name}_total", 0) for name in counters] == [0, 0, 0]
-        assert [sample(f"{name}_total", 1) for name in counters] == [10, 4, 2]
+        counters = [name for name in HELP if name != STEPS_PER_BLOCK and name not in GAUGES]
+        assert [sample(f"{name}_total", 0) for name in counters] == [0] * 6
+        assert [sample(f"{name}_total", 1) for name in counters] == [10, 4, 2, 8, 14, 2]
+        assert [sample(name, 1) for name in GAUGES] == [250e-6, 125e-6]
         assert sample(f"{STEPS_PER_BLOCK}_sum", 1) == 36
         assert sample("vllm:diffusion_num_committed_tokens_total", 1) == 64
     unregister_vllm_metrics()

@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
+from vllm_twotower.config import AUTO_PASSES_PER_STEP
 from vllm_twotower.model.step_logits import StepLogits
 from vllm_twotower.sampling.prediction import (
     draw,
@@ -35,9 +36,6 @@ from .request_table import RequestTable
 from .staging import Staging
 from .step_plan import StepPlan, TowerRows
 from .token_logprobs import collect
-
-AUTO_PASSES = 8
-"""The most passes of one step with ``denoise_steps_per_engine_step: auto``: new requests wait for them."""
 
 
 class PassSource(Protocol):
@@ -160,7 +158,7 @@ class TwoTowerSampler:
             passes[blocks.rows.batch_rows] += 2
             if limit == "auto":
                 # A whole block's request goes on in the next step: it must not wait for the others.
-                is_last = others_wait or converged.any() or count == AUTO_PASSES
+                is_last = others_wait or converged.any() or count == AUTO_PASSES_PER_STEP
             else:
                 is_last = converged.all() or count == limit
             if is_last:

@@ -123,28 +123,31 @@ def split_rows(
 
     ``query_start`` is where a row's tokens begin in vLLM's batch. The last chunk of a prompt is followed by the first
     canvas, in pages that the scheduler has reserved. A canvas that was scheduled in part, because the token budget ran
-    out, does nothing; near ``max_model_len`` a canvas is as wide as the room left.
+    out, does nothing; near ``max_model_len`` a canvas is as wide as the room left. An ``auto`` row is autoregressive in
+    this step if a single token is scheduled, or if its prompt ends and the request is to start so; that token is
+    returned, and counts as computed, before the context tower has read it, like a block.
     """
-    width, pending, is_ar, is_mock = (
-        column[slots] for column in (table.width, table.pending, table.is_ar, table.is_mock_ar)
+    width, pending, is_ar, is_mock, is_auto = (
+        column[slots] for column in (table.width, table.pending, table.is_ar, table.is_mock_ar, table.is_auto)
     )
     policy = table.engine.commit
     is_block = ~(is_ar | is_mock)
     prefill = num_computed < prefill_len
     ends = num_computed + num_scheduled
     ends_prefill = prefill & (ends >= prefill_len)
-    whole = ~prefill & (num_scheduled == np.minimum(width, max_model_len - num_computed))
+    single = is_auto & np.where(prefill, ends_prefill & table.starts_with_ar[slots], num_scheduled == 1)
+    whole = ~prefill & (single | (num_scheduled == np.minimum(width, max_model_len - num_computed)))
     commits = whole & (pending > 0)
     held = np.zeros_like(commits)
-    if policy == "grouped" and not (prefill | (commits & ~is_block)).any():
+    if policy == "grouped" and not (prefill | (commits & (single | ~is_block))).any():
         finished = commits & is_block
         if not worth_a_context_pass(int(finished.sum()), int((whole & is_block).sum())):
             held = finished
             commits, whole = commits & ~held, whole & ~held
     emits = commits & is_block & (policy == "separate")
-    next_token = is_ar & (commits | ends_prefill)
+    next_token = (is_ar | single) & (commits | ends_prefill)
     mock = is_mock & (whole | ends_prefill)
-    denoises = is_block & (ends_prefill | (whole & ((policy != "separate") | (pending == 0))))
+    denoises = is_block & ~single & (ends_prefill | (whole & ((policy != "separate") | (pending == 0))))
     others_wait = not (denoises | held).all()
 
     # Where a row's tokens lie: in the table, a canvas's length a slot, or after it, among vLLM's input ids.
