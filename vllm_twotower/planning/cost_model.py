@@ -84,8 +84,9 @@ class CostModel:
         self.size = ModelSize.of(
             config, tensor_parallel_size, dtype_bytes, expert_dtype_bytes or dtype_bytes, ssm_dtype_bytes
         )
-        self._routing_correlation = routing_correlation
-        self._skipped_share = 1 - config.num_experts_per_tok / self.size.num_experts if self.size.num_experts else 1.0
+        skipped = 1 - config.num_experts_per_tok / self.size.num_experts if self.size.num_experts else 1.0
+        # The share of experts that T tokens leave out is first * each**T.
+        self._left_out_first, self._left_out_each = skipped**routing_correlation, skipped ** (1 - routing_correlation)
         active_experts = self.size.num_moe_layers * config.num_experts_per_tok * self.size.expert_parameters
         # A state element is decayed, fed (a product and a sum) and read (again both): 5 FLOPs a token.
         states = config.pattern.count("M") * config.mamba_intermediate_size * config.ssm_state_size
@@ -103,8 +104,17 @@ class CostModel:
 
         With correlated routing T counts the first token and the uncorrelated share of the others.
         """
-        independent = 1 + (tokens - 1) * (1 - self._routing_correlation)
-        return self.size.num_experts * (1 - self._skipped_share**independent)
+        return self.size.num_experts * (1 - self._left_out_first * self._left_out_each**tokens)
+
+    def _experts_of_commits(self, batch: float, probability: float) -> float:
+        """:meth:`experts_touched` by the blocks of the requests that commit, each of ``batch`` with ``probability``.
+
+        The mean over the number of commits, given that it is not 0: the first commits touch the most experts, so that
+        the mean number of them would touch more.
+        """
+        none = (1 - probability) ** batch
+        left_out = (1 - probability + probability * self._left_out_each**self.canvas_length) ** batch
+        return self.size.num_experts * (1 - self._left_out_first * (left_out - none) / (1 - none))
 
     def pass_cost(self, tower: Tower, rows: float, tokens: float, context_tokens: float, head_rows: float) -> PassCost:
         """One run of ``tower`` over ``rows`` requests with ``tokens`` tokens in all.
@@ -112,11 +122,16 @@ class CostModel:
         ``context_tokens`` is the sum of what the rows have in the caches already, ``head_rows`` the number of tokens
         that need logits.
         """
+        return self._pass_cost(tower, rows, tokens, context_tokens, head_rows, self.experts_touched(tokens))
+
+    def _pass_cost(
+        self, tower: Tower, rows: float, tokens: float, context_tokens: float, head_rows: float, experts: float
+    ) -> PassCost:
         size, hardware = self.size, self.hardware
         is_context = tower == "context"
-        weight_bytes = size.dense_bytes + (size.head_bytes if head_rows else 0.0)
-        if size.num_experts:
-            weight_bytes += size.num_moe_layers * self.experts_touched(tokens) * size.expert_bytes
+        weight_bytes = size.dense_bytes + size.num_moe_layers * experts * size.expert_bytes
+        if head_rows:
+            weight_bytes += size.head_bytes
         flops = tokens * (self._flops_per_token + self._flops_per_token_and_key * (context_tokens + tokens) / rows)
         flops += 2 * head_rows * size.head_parameters
         if not is_context:
@@ -172,7 +187,7 @@ class CostModel:
         """A request goes through s steps a block, and through one more for its prompt; its last block is not committed.
 
         Requests are in different phases: a step's context pass commits whatever was finished in the step before, and
-        reads what prompts there are; the expected numbers stand for their distribution, except that they may be 0.
+        reads what prompts there are; the mean numbers of rows stand for their distribution, but for their being 0.
         """
         batch, context_len, passes = load.num_open, load.context_len, load.passes_per_block
         denoising_steps = max(1.0, passes / load.passes_per_step)
@@ -180,18 +195,22 @@ class CostModel:
         steps = denoising_steps + prompts_per_block
         starts, commits = prompts_per_block / steps, (1 - prompts_per_block) / steps  # of a request, in a step
         some_start = 1 - (1 - starts) ** batch
-        some_commit = 1 - (1 - commits / (1 - starts)) ** batch  # given that none starts
         step = self.hardware.seconds_per_step
-        if some_commit:
-            commit = self.commit_pass(batch * commits / (1 - starts) / some_commit, context_len)
+        if commits:
+            probability = commits / (1 - starts)  # given that none starts
+            some_commit = 1 - (1 - probability) ** batch
+            rows = batch * probability / some_commit
+            experts = self._experts_of_commits(batch, probability)
+            commit = self._pass_cost("context", rows, rows * self.canvas_length, rows * context_len, 0, experts)
             step += (1 - some_start) * some_commit * commit.seconds
         if some_start:
             starting, committing = batch * starts / some_start, batch * commits
             tokens = starting * load.prompt_tokens + committing * self.canvas_length
             context_tokens = committing * context_len
             step += some_start * self.pass_cost("context", starting + committing, tokens, context_tokens, 0).seconds
-        denoising = batch * denoising_steps / steps
-        return steps * step + passes * steps / denoising_steps * self.denoiser_pass(denoising, context_len).seconds
+        some_denoise = 1 - starts**batch
+        denoising = self.denoiser_pass(batch * (1 - starts) / some_denoise, context_len).seconds
+        return steps * (step + passes / denoising_steps * some_denoise * denoising)
 
     def tokens_per_second(self, mode: PlannedMode, load: Load) -> float:
         """Tokens/s of all open requests together."""

@@ -12,6 +12,7 @@ import numpy as np
 
 METRIC = "vllm:twotower_denoising_steps_per_block"
 _BUCKET = re.compile(rf"^{METRIC}_bucket\{{(?:.*,)?le=\"([^\"]+)\".*\}}\s+(\S+)")
+_SUM = re.compile(rf"^{METRIC}_sum\S*\s+(\S+)")
 
 
 @dataclass(frozen=True)
@@ -31,34 +32,45 @@ class StepsPerBlock:
         return cls((low, low + 1), (1 - share, share)) if share else cls((low,), (1.0,))
 
     @classmethod
-    def of_buckets(cls, buckets: Iterable[tuple[float, float]]) -> StepsPerBlock:
-        """From a Prometheus histogram: pairs of upper bound and cumulative count, in order.
+    def of_buckets(cls, buckets: Iterable[tuple[float, float]], total_passes: float) -> StepsPerBlock:
+        """From a Prometheus histogram: pairs of upper bound and cumulative count, in order, and the sum.
 
-        A bucket's blocks are spread evenly over the whole numbers in it; those above the last finite bound count as
-        the next one. Raises ValueError if there are no blocks.
+        A bucket's blocks take the fewest or the most passes that fall into it, in such shares, the same for every
+        bucket, that the mean is that of the sum. Blocks above the last finite bound count as one pass more than it.
+        Raises ValueError if there are no blocks.
         """
-        counts: dict[int, float] = {}
+        found: list[tuple[int, int, float]] = []
         below, counted = 0, 0.0
         for bound, cumulative in buckets:
-            upper = below + 1 if bound == inf else int(bound)
+            most = below + 1 if bound == inf else int(bound)
             if cumulative > counted:
-                for passes in range(below + 1, upper + 1):
-                    counts[passes] = (cumulative - counted) / (upper - below)
-            below, counted = upper, cumulative
-        if not counted:
+                found.append((below + 1, most, cumulative - counted))
+            below, counted = most, cumulative
+        if not found:
             raise ValueError("no finished block in it")
-        return cls(tuple(counts), tuple(count / counted for count in counts.values()))
+        excess = sum(most * count for _, most, count in found) - total_passes
+        width = sum((most - fewest) * count for fewest, most, count in found)
+        share = min(1.0, max(0.0, excess / width)) if width else 0.0
+        counts: Counter[int] = Counter()
+        for fewest, most, count in found:
+            counts[fewest] += count * share
+            counts[most] += count * (1 - share)
+        passes = sorted(value for value, count in counts.items() if count)
+        return cls(tuple(passes), tuple(counts[value] / counted for value in passes))
 
     @classmethod
     def of_metrics(cls, text: str) -> StepsPerBlock:
         """From what ``/metrics`` returns; the engines of one server are added up. Raises ValueError without blocks."""
         cumulative: Counter[float] = Counter()
+        total = 0.0
         for line in text.splitlines():
             if match := _BUCKET.match(line):
                 cumulative[float(match[1])] += float(match[2])
+            elif match := _SUM.match(line):
+                total += float(match[1])
         if not cumulative:
             raise ValueError(f"no line of {METRIC}_bucket")
-        return cls.of_buckets(sorted(cumulative.items()))
+        return cls.of_buckets(sorted(cumulative.items()), total)
 
     @property
     def mean(self) -> float:
