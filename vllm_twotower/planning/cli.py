@@ -175,7 +175,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         )
 
     model = model_with(args.tensor_parallel_size)
-    loads = [Load(batch, args.context, args.steps_per_block.mean, args.passes_per_step) for batch in args.batch_sizes]
+    loads = [Load(batch, args.context, args.steps_per_block, args.passes_per_step) for batch in args.batch_sizes]
     plan = {
         "hardware": asdict(hardware),
         "tensor_parallel_size": args.tensor_parallel_size,
@@ -192,7 +192,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         "diffusion_faster": model.crossovers(loads[0]),
     }
     if args.simulate:
-        plan["simulated"] = [_simulated(model, load, args.steps_per_block) for load in loads]
+        plan["simulated"] = [_simulated(model, load) for load in loads]
     return plan
 
 
@@ -225,7 +225,7 @@ def _at_load(model: CostModel, load: Load) -> dict[str, Any]:
         "denoiser": model.denoiser_pass(batch, context),
         "commit": model.commit_pass(batch, context),
     }
-    together = load._replace(passes_per_step=load.passes_per_block)
+    together = load._replace(passes_per_step=load.steps_per_block.most)
     ar, diffusion = (model.block_seconds(mode, load) for mode in ("ar", "mask_diffusion"))
     return {
         "requests": batch,
@@ -238,18 +238,18 @@ def _at_load(model: CostModel, load: Load) -> dict[str, Any]:
     }
 
 
-def _simulated(model: CostModel, load: Load, steps_per_block: StepsPerBlock) -> dict[str, Any]:
+def _simulated(model: CostModel, load: Load) -> dict[str, Any]:
     batch = int(load.num_open)
     output_blocks = max(1, int(load.context_len) // 8 // model.canvas_length)
     prompt_tokens = max(1, int(load.context_len) - output_blocks * model.canvas_length)
-    traffic = Traffic(batch, steps_per_block, prompt_tokens, output_blocks, output_blocks // 2)
+    traffic = Traffic(batch, load.steps_per_block, prompt_tokens, output_blocks, output_blocks // 2)
     result: dict[str, Any] = {"requests": batch}
     for name, mode in (("ar", "ar"), ("diffusion", "mask_diffusion"), ("auto", ModeChooser(model))):
         simulated = simulate(
             model,
             traffic,
             mode,
-            passes_per_step=int(load.passes_per_step),
+            passes_per_step=load.passes_per_step,
             warm_up_requests=4 * batch,
             measured_requests=max(64, 4 * batch),
         )
@@ -298,7 +298,7 @@ def as_text(plan: dict[str, Any]) -> str:
         )
     windows = ", ".join(f"{first} to {last}" for first, last in plan["diffusion_faster"])
     lines += [
-        "apart: requests finish their blocks in different steps; in step: all commit together",
+        "apart: requests finish their blocks in different steps; in step: every step finishes and commits all",
         "",
         f"Diffusion is faster, apart: {f'with {windows} open requests' if windows else 'never'} (of 1 to 1024)",
     ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .hardware import Hardware
 from .model_size import ModelSize
+from .steps_per_block import StepsPerBlock
 
 if TYPE_CHECKING:
     from vllm_twotower.checkpoint import TwoTowerConfig
@@ -43,16 +44,15 @@ class PassCost(NamedTuple):
 class Load(NamedTuple):
     """What a server has to do, on average.
 
-    ``num_open`` requests with ``context_len`` tokens in the caches fill a block in ``passes_per_block`` denoiser
-    passes, of which an engine step makes ``passes_per_step``; so from ``passes_per_step = passes_per_block`` on, all
-    requests finish and commit their blocks together. New prompts are read meanwhile: ``prompt_tokens`` for every
-    ``output_tokens`` tokens generated; by default none ever ends.
+    ``num_open`` requests with ``context_len`` tokens in the caches fill blocks in ``steps_per_block`` denoiser passes,
+    of which an engine step makes up to ``passes_per_step``. New prompts are read meanwhile: ``prompt_tokens`` for every
+    ``output_tokens`` tokens generated; by default no request ever ends.
     """
 
     num_open: float
     context_len: float
-    passes_per_block: float
-    passes_per_step: float = 1.0
+    steps_per_block: StepsPerBlock
+    passes_per_step: int = 1
     prompt_tokens: float = 0.0
     output_tokens: float = inf
 
@@ -106,15 +106,21 @@ class CostModel:
         """
         return self.size.num_experts * (1 - self._left_out_first * self._left_out_each**tokens)
 
-    def _experts_of_commits(self, batch: float, probability: float) -> float:
-        """:meth:`experts_touched` by the blocks of the requests that commit, each of ``batch`` with ``probability``.
+    def _blocks_pass_seconds(self, tower: Tower, batch: float, probability: float, context_len: float) -> float:
+        """Mean seconds of a pass over the blocks of ``batch`` requests, each there with ``probability``; 0 if none is.
 
-        The mean over the number of commits, given that it is not 0: the first commits touch the most experts, so that
-        the mean number of them would touch more.
+        The mean number of rows stands for all but the experts they touch: the first rows touch the most, so that the
+        mean number of them would touch more.
         """
         none = (1 - probability) ** batch
+        if none == 1:
+            return 0.0
         left_out = (1 - probability + probability * self._left_out_each**self.canvas_length) ** batch
-        return self.size.num_experts * (1 - self._left_out_first * (left_out - none) / (1 - none))
+        experts = self.size.num_experts * (1 - self._left_out_first * (left_out - none) / (1 - none))
+        rows = batch * probability / (1 - none)
+        tokens = rows * self.canvas_length
+        head_rows = tokens if tower == "denoiser" else 0
+        return (1 - none) * self._pass_cost(tower, rows, tokens, rows * context_len, head_rows, experts).seconds
 
     def pass_cost(self, tower: Tower, rows: float, tokens: float, context_tokens: float, head_rows: float) -> PassCost:
         """One run of ``tower`` over ``rows`` requests with ``tokens`` tokens in all.
@@ -186,31 +192,26 @@ class CostModel:
     def _diffusion_block_seconds(self, load: Load) -> float:
         """A request goes through s steps a block, and through one more for its prompt; its last block is not committed.
 
-        Requests are in different phases: a step's context pass commits whatever was finished in the step before, and
-        reads what prompts there are; the mean numbers of rows stand for their distribution, but for their being 0.
+        Requests are in different phases. In a step, the context tower commits whatever was finished in the step before,
+        and reads what prompts there are; then the denoiser makes one pass after the other over the canvases that are
+        not finished yet.
         """
-        batch, context_len, passes = load.num_open, load.context_len, load.passes_per_block
-        denoising_steps = max(1.0, passes / load.passes_per_step)
+        batch, context_len = load.num_open, load.context_len
+        denoising_steps, *unfinished = load.steps_per_block.in_steps_of(load.passes_per_step)
         prompts_per_block = min(1.0, self.canvas_length / load.output_tokens)
         steps = denoising_steps + prompts_per_block
         starts, commits = prompts_per_block / steps, (1 - prompts_per_block) / steps  # of a request, in a step
         some_start = 1 - (1 - starts) ** batch
         step = self.hardware.seconds_per_step
-        if commits:
-            probability = commits / (1 - starts)  # given that none starts
-            some_commit = 1 - (1 - probability) ** batch
-            rows = batch * probability / some_commit
-            experts = self._experts_of_commits(batch, probability)
-            commit = self._pass_cost("context", rows, rows * self.canvas_length, rows * context_len, 0, experts)
-            step += (1 - some_start) * some_commit * commit.seconds
+        step += (1 - some_start) * self._blocks_pass_seconds("context", batch, commits / (1 - starts), context_len)
         if some_start:
             starting, committing = batch * starts / some_start, batch * commits
             tokens = starting * load.prompt_tokens + committing * self.canvas_length
             context_tokens = committing * context_len
             step += some_start * self.pass_cost("context", starting + committing, tokens, context_tokens, 0).seconds
-        some_denoise = 1 - starts**batch
-        denoising = self.denoiser_pass(batch * (1 - starts) / some_denoise, context_len).seconds
-        return steps * (step + passes / denoising_steps * some_denoise * denoising)
+        for share in unfinished:
+            step += self._blocks_pass_seconds("denoiser", batch, (1 - starts) * share, context_len)
+        return steps * step
 
     def tokens_per_second(self, mode: PlannedMode, load: Load) -> float:
         """Tokens/s of all open requests together."""

@@ -92,7 +92,7 @@ class _Simulation:
         load = Load(
             num_open,
             traffic.prompt_tokens + self._generated.mean(),
-            traffic.steps_per_block.mean,
+            traffic.steps_per_block,
             self._passes_per_step,
             traffic.prompt_tokens,
             traffic.output_blocks * self._cost_model.canvas_length,
