@@ -8,6 +8,7 @@ a mode that was never tried looks fast and is tried.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from vllm_twotower.planning.cost_model import CostModel, Load
 from vllm_twotower.planning.fit import HardwareFit, work
 from vllm_twotower.planning.hardware import DEVICES, Hardware
 from vllm_twotower.planning.mode_choice import ModeChooser, ModeDecision
+from vllm_twotower.planning.steps_per_block import StepsPerBlock
 
 from .rows import RowWork
 
@@ -32,8 +34,10 @@ logger = init_logger(__name__)
 FORGET = 0.01
 """Share of their weight that older steps lose with each new one."""
 STEPS_BETWEEN_FITS = 16
-FIRST_PASSES_PER_BLOCK = 4.0
-"""Assumed before a block was finished."""
+BLOCKS_KEPT = 200
+"""What all blocks so far weigh together at most, in blocks."""
+FIRST_PASSES_PER_BLOCK = 4
+"""Assumed before a block was finished; counts as one."""
 
 
 class ModeControl:
@@ -56,7 +60,8 @@ class ModeControl:
         self._ideal_costs = self._make(self._ideal)
         self._fit = HardwareFit(self._ideal)
         self._chooser = ModeChooser(self._ideal_costs)
-        self._passes_per_block = FIRST_PASSES_PER_BLOCK
+        self._steps_per_block = StepsPerBlock.of_mean(FIRST_PASSES_PER_BLOCK)
+        self._blocks = Counter({FIRST_PASSES_PER_BLOCK: 1.0})
         self._num_measured = 0
         self._started = 0.0
         self._decision: ModeDecision | None = None
@@ -70,8 +75,7 @@ class ModeControl:
     def step_ends(self, rows: Sequence[RowWork], blocks: Iterable[int]) -> None:
         """Takes a step's work and seconds into the fit; ``blocks`` are the passes of the blocks it finished."""
         seconds = time.perf_counter() - self._started
-        for passes in blocks:
-            self._passes_per_block += 0.05 * (passes - self._passes_per_block)
+        self._blocks.update(blocks)
         if rows:
             self._fit.add(self._work(rows), seconds, FORGET)
             self._num_measured += 1
@@ -97,17 +101,26 @@ class ModeControl:
         if self._decision is not None and self._decided_in == step:
             return self._decision
         if self._num_measured >= STEPS_BETWEEN_FITS:
-            self._chooser.cost_model = self._make(self._fit.hardware())
-            self._num_measured = 0
+            self._learn()
         limit = self._options.denoise_steps_per_engine_step
         if limit == "auto":
             limit = AUTO_PASSES_PER_STEP if num_open == 1 else 1
         before, self._decided_in = self._decision, step
-        self._decision = self._chooser.choose(Load(num_open, context_len, self._passes_per_block, limit))
+        self._decision = self._chooser.choose(Load(num_open, context_len, self._steps_per_block, limit))
         if before is not None and before.mode != self._decision.mode:
             self._num_changes += 1
             logger.info("diffusion_mode auto: %s; %d open requests", self._decision.reason, num_open)
         return self._decision
+
+    def _learn(self) -> None:
+        """Puts what was measured into the cost model; older blocks lose weight, as older steps do."""
+        self._chooser.cost_model = self._make(self._fit.hardware())
+        self._num_measured = 0
+        total = sum(self._blocks.values())
+        passes = sorted(self._blocks)
+        self._steps_per_block = StepsPerBlock(tuple(passes), tuple(self._blocks[n] / total for n in passes))
+        if total > BLOCKS_KEPT:
+            self._blocks = Counter({n: count * BLOCKS_KEPT / total for n, count in self._blocks.items()})
 
     def take_changes(self) -> int:
         """How often the mode changed since the last call."""
