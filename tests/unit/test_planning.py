@@ -260,6 +260,16 @@ def test_fit_has_no_negative_coefficient_and_still_fits() -> None:
     assert all(features @ per_unit == pytest.approx(seconds, rel=0.12) for features, seconds in samples)
 
 
+def test_fit_does_not_pay_for_steps_that_seem_to_save_time() -> None:
+    """1 s for a step and a row, 0.9 s for two steps and a row: a row then costs all, weighted by relative error."""
+    nothing = replace(TRUE_CPU, **dict.fromkeys(FITTED[2:], 0.0))
+    fit = HardwareFit(nothing, 1e-12)
+    fit.add(np.array([1.0, 0, 0, 1, 0, 0]), 1.0)
+    fit.add(np.array([2.0, 0, 0, 1, 0, 0]), 0.9)
+    assert fit.hardware().seconds_per_step == 0
+    assert fit.hardware().seconds_per_row == pytest.approx((1 + 1 / 0.9) / (1 + 1 / 0.81))
+
+
 def test_fit_keeps_the_prior_of_what_was_not_seen() -> None:
     assert HardwareFit(TRUE_CPU).hardware() == TRUE_CPU
     fit = HardwareFit(TRUE_CPU)
