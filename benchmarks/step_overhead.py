@@ -3,7 +3,7 @@
 The engine runs in this process, so there is no IPC; every part is timed in the same steps, and each figure is the
 median over the steps in which only canvases (or only autoregressive rows) ran:
 
-    OMP_NUM_THREADS=1 python benchmarks/step_overhead.py --batch-sizes 1 4 16
+    python benchmarks/step_overhead.py --batch-sizes 1 4 16
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads slow a tiny model down
 
 PARTS = ("scheduler", "prepare", "metadata", "towers", "heads", "sampler", "post", "update", "detokenizer")
 

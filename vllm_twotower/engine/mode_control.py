@@ -51,13 +51,12 @@ class ModeControl:
         )
         self._options = options
         self._ideal = _ideal_hardware()
-        self._make = lambda hardware: CostModel(
+        self._ideal_costs = CostModel(
             config,
-            hardware,
+            self._ideal,
             tensor_parallel_size=parallel.tensor_parallel_size,
             dtype_bytes=model_config.dtype.itemsize,
         )
-        self._ideal_costs = self._make(self._ideal)
         self._fit = HardwareFit(self._ideal)
         self._chooser = ModeChooser(self._ideal_costs)
         self._steps_per_block = StepsPerBlock.of_mean(FIRST_PASSES_PER_BLOCK)
@@ -114,7 +113,7 @@ class ModeControl:
 
     def _learn(self) -> None:
         """Puts what was measured into the cost model; older blocks lose weight, as older steps do."""
-        self._chooser.cost_model = self._make(self._fit.hardware())
+        self._chooser.cost_model = self._ideal_costs.on(self._fit.hardware())
         self._num_measured = 0
         total = sum(self._blocks.values())
         passes = sorted(self._blocks)

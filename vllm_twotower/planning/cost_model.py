@@ -6,6 +6,7 @@ plain Python on floats, some microseconds each.
 
 from __future__ import annotations
 
+from copy import copy
 from math import inf
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -98,6 +99,12 @@ class CostModel:
         self._link_seconds_per_pass = num_sums * hardware.link_latency
         ring = 2 * (tensor_parallel_size - 1) / tensor_parallel_size
         self._link_seconds_per_token = num_sums * ring * config.hidden_size * dtype_bytes / hardware.link_bandwidth
+
+    def on(self, hardware: Hardware) -> CostModel:
+        """The same model on other hardware with the same links, such as newly fitted one; cheaper than a new one."""
+        other = copy(self)
+        other.hardware = hardware
+        return other
 
     def experts_touched(self, tokens: float) -> float:
         """Distinct experts of a layer that ``tokens`` tokens are routed to, on average: E (1 - (1 - k/E)^T).

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -314,7 +315,11 @@ class TimestepEmbedder(nn.Module):
 
 def sinusoidal_embedding(t: Tensor) -> Tensor:
     """t (R,) -> (R, 256) fp32: ``[cos(t f) | sin(t f)]`` with ``f = exp(-ln(10000) k / 128)``, k = 0..127."""
-    half = TIMESTEP_FREQUENCIES // 2
-    k = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * k / half)
+    angles = t.float()[:, None] * _frequencies(t.device)
     return torch.cat((angles.cos(), angles.sin()), -1)
+
+
+@cache
+def _frequencies(device: torch.device) -> Tensor:
+    half = TIMESTEP_FREQUENCIES // 2
+    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
