@@ -36,19 +36,16 @@ def seeded_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tenso
     Args: x (R, S, n, p); dt (R, S, n) after softplus; a (n,) negative; b and c (R, S, g, s); d (n,);
     seed (R, n, p, s). Returns y (R, S, n, p).
     """
-    rows, positions, heads, channels = x.shape
-    groups = b.shape[2]
+    rows, positions, heads, _ = x.shape
+    per_group = heads // b.shape[2]
     log_decay = (dt * a).cumsum(1).transpose(1, 2)  # (R, n, S)
     pairwise = log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)  # (R, n, S, S)
     decay = pairwise.add_(_no_later(positions, x.device)).exp_().mul_(dt.transpose(1, 2).unsqueeze(-2))
     scores = c.transpose(1, 2) @ b.permute(0, 2, 3, 1)  # (R, g, S, S)
-    by_group = (rows, groups, heads // groups, positions)
-    mixing = decay.view(*by_group, positions).mul_(scores.unsqueeze(2)).flatten(1, 2)
-    y = (mixing @ x.transpose(1, 2)).view(*by_group, channels)
-    # The heads of a group read its state with the same c: one product for all of them.
-    carried = c.transpose(1, 2) @ seed.view(rows, groups, -1, seed.shape[-1]).transpose(2, 3)  # (R, g, S, n / g * p)
-    carried = carried.unflatten(3, (-1, channels)).transpose(2, 3)
-    y = y.addcmul_(carried, log_decay.exp().view(*by_group, 1)).flatten(1, 2).transpose(1, 2)
+    mixing = decay.view(rows, -1, per_group, positions, positions).mul_(scores.unsqueeze(2)).flatten(1, 2)
+    y = mixing @ x.transpose(1, 2)  # (R, n, S, p)
+    carried = c.transpose(1, 2).repeat_interleave(per_group, 1) @ seed.transpose(2, 3)
+    y = y.addcmul_(carried, log_decay.exp().unsqueeze(-1)).transpose(1, 2)
     return torch.addcmul(y, x, d[:, None])
 
 
