@@ -40,13 +40,13 @@ def seeded_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tenso
     per_group = heads // b.shape[2]
     log_decay = (dt * a).cumsum(1).transpose(1, 2)  # (R, n, S)
     pairwise = log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)  # (R, n, S, S)
-    decay = pairwise.add_(_no_later(positions, x.device)).exp_().mul_(dt.transpose(1, 2).unsqueeze(-2))
+    decay = pairwise.add_(_no_later(positions, x.device)).exp_() * dt.transpose(1, 2).unsqueeze(-2)
     scores = c.transpose(1, 2) @ b.permute(0, 2, 3, 1)  # (R, g, S, S)
     mixing = decay.view(rows, -1, per_group, positions, positions).mul_(scores.unsqueeze(2)).flatten(1, 2)
     y = mixing @ x.transpose(1, 2)  # (R, n, S, p)
     carried = c.transpose(1, 2).repeat_interleave(per_group, 1) @ seed.transpose(2, 3)
     y = y.addcmul_(carried, log_decay.exp().unsqueeze(-1)).transpose(1, 2)
-    return torch.addcmul(y, x, d[:, None])
+    return y + x * d[:, None]
 
 
 @cache
