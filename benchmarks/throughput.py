@@ -1,97 +1,142 @@
-"""Tokens per second and per tower pass: mask diffusion against autoregression in one engine, and the plain model.
+"""Tokens/s, tokens per tower pass and right answers: mask diffusion, autoregression, auto, and the plain model's loop.
 
-All figures come from one run, the variants take turns, and each is the median of its rounds:
+Closed loops of the tiny model's held-out problems with 1 to 64 requests open. All variants take turns, each figure is
+the median of its rounds, and the last column is the ratio to autoregression in the same engine and run:
 
-    OMP_NUM_THREADS=1 python benchmarks/throughput.py --batch-sizes 1 4 16 --thresholds 0.6 0.8 0.95
+    python benchmarks/throughput.py --open 1 4 16 64 --thresholds 0.5 0.7 0.8 0.9 0.95
+
+With ``--engines`` other engines are measured beside the first, to compare their options (as JSON, one each):
+
+    python benchmarks/throughput.py --thresholds 0.8 --engines '{"denoise_steps_per_engine_step": 1}'
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vllm_twotower.demo import Answers, generate
+from closed_loop import TINY, Outcome, best_dtype, closed_loop, in_turns, metric_values, problems, start
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+if TYPE_CHECKING:
+    from vllm import LLM
+
+DENOISER, CONTEXT = "vllm:diffusion_num_denoising_steps", "vllm:twotower_num_context_passes"
+AR = "ar"
 
 
 def main() -> None:
     """Measures and prints one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("models/tiny-twotower"))
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.6, 0.8, 0.95])
+    parser.add_argument("--model", type=Path, default=TINY)
+    parser.add_argument("--open", type=int, nargs="+", default=[1, 4, 16, 64], help="requests open at a time")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+    parser.add_argument("--engines", type=json.loads, nargs="*", default=[], help="options of further engines")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--reference", action="store_true", help="also measure the plain PyTorch loop")
     args = parser.parse_args()
 
-    prompts = [json.loads(line)["prompt"] for line in (args.model / "heldout.jsonl").read_text().splitlines()]
-    engine = engine_variants(args)
-    reference = reference_variant(args)
-    print(f"{'requests':>8} {'variant':26} {'tokens/pass':>11} {'tokens/s':>9} {'against AR':>11}")
-    for batch_size in args.batch_sizes:
-        batch = prompts[:batch_size]
-        variants = {**engine, **(reference if batch_size == args.batch_sizes[0] else {})}
-        for run in variants.values():
-            run(batch)  # warm up
-        rounds: dict[str, list[Answers]] = {name: [] for name in variants}
-        for _ in range(args.rounds):
-            for name, run in variants.items():
-                rounds[name].append(run(batch))
-        speed = {name: statistics.median(r.tokens / r.seconds for r in runs) for name, runs in rounds.items()}
-        for name, runs in rounds.items():
-            per_pass, ratio = runs[0].tokens / runs[0].passes, speed[name] / speed["engine, AR"]
-            print(f"{batch_size:8} {name:26} {per_pass:11.2f} {speed[name]:9.0f} {ratio:11.2f}")
+    asked = problems(args.model)
+    variants = {}
+    for options in [{}, *args.engines]:
+        llm = start(args.model, options, max_num_seqs=max(args.open))
+        name = ", ".join(f"{key} {value}" for key, value in options.items())
+        variants |= {f"{variant} {name}".strip(): run for variant, run in engine_variants(llm, args).items()}
+    if args.reference:
+        variants |= reference_variants(args)
+    print(f"dtype {best_dtype()}; {args.rounds} rounds; a pass is one tower's run over one request's row\n")
+    print("| open | variant | tokens/s | of AR | tokens/pass | right | tower passes |")
+    print("|---|---|---|---|---|---|---|")
+    for num_open in args.open:
+        measure(variants, asked[: min(len(asked), max(24, 2 * num_open))], num_open, args.rounds)
 
 
-def engine_variants(args: argparse.Namespace) -> dict[str, Callable[[list[str]], Answers]]:
-    """The engine's ways to answer prompts, each a function of them."""
-    from vllm import LLM
+Run = Callable[[Sequence[str], int], tuple[Outcome, float]]
+"""Answers prompts, so many at a time; gives the outcome and the tower passes."""
 
-    llm = LLM(
-        model=str(args.model),
-        max_model_len=1024,
-        max_num_seqs=max(args.batch_sizes),
-        kv_cache_memory_bytes=256 << 20,
-        disable_log_stats=False,
-    )
 
-    def variant(**options: float | str) -> Callable[[list[str]], Answers]:
-        return lambda prompts: generate(llm, prompts, args.max_tokens, options, ignore_eos=True)
+def measure(variants: dict[str, Run], asked: list[dict[str, Any]], num_open: int, rounds: int) -> None:
+    """Prints the rows of one load."""
+    prompts = [problem["prompt"] for problem in asked]
+    for run in variants.values():
+        run(prompts[: num_open + 1], num_open)  # warm up
+    results: dict[str, list[tuple[Outcome, float]]] = {name: [] for name in variants}
+    for name in in_turns(list(variants), rounds):
+        results[name].append(variants[name](prompts, num_open))
+    speed = {name: statistics.median(o.tokens_per_second for o, _ in runs) for name, runs in results.items()}
+    for name, runs in results.items():
+        outcome, passes = runs[0]
+        right = sum(problem["result"] == _result(outcome.texts[i]) for i, problem in enumerate(asked))
+        print(
+            f"| {num_open} | {name} | {speed[name]:.0f} | {speed[name] / speed[AR]:.2f} "
+            f"| {outcome.tokens / passes:.2f} | {right}/{len(asked)} | {passes:.0f} |",
+            flush=True,
+        )
 
-    variants = {"engine, AR": variant(diffusion_mode="ar")}
+
+def _result(text: str) -> str:
+    return text.rpartition("The answer is ")[2].rstrip(".\n ")
+
+
+def engine_variants(llm: LLM, args: argparse.Namespace) -> dict[str, Run]:
+    """One engine's ways to answer."""
+    from vllm import SamplingParams
+
+    def variant(**options: float | str) -> Run:
+        params = SamplingParams(temperature=0, max_tokens=args.max_tokens, extra_args=options)
+
+        def run(prompts: Sequence[str], num_open: int) -> tuple[Outcome, float]:
+            before = metric_values(llm)
+            outcome = closed_loop(llm, prompts, num_open, params)
+            after = metric_values(llm)
+            return outcome, sum(after[name] - before[name] for name in (DENOISER, CONTEXT)) - len(prompts)
+
+        return run
+
+    variants = {AR: variant(diffusion_mode="ar")}
     for threshold in args.thresholds:
-        variants[f"engine, threshold {threshold}"] = variant(diffusion_confidence_threshold=threshold)
-    return variants
+        variants[f"threshold {threshold}"] = variant(diffusion_confidence_threshold=threshold)
+    middle = args.thresholds[len(args.thresholds) // 2]
+    return variants | {"auto": variant(diffusion_mode="auto", diffusion_confidence_threshold=middle)}
 
 
-def reference_variant(args: argparse.Namespace) -> dict[str, Callable[[list[str]], Answers]]:
-    """The plain PyTorch loop, one prompt after the other."""
+def reference_variants(args: argparse.Namespace) -> dict[str, Run]:
+    """The plain PyTorch loops, one prompt after the other."""
+    import time
+
     import torch
     from transformers import AutoTokenizer
 
-    from vllm_twotower.reference import TwoTowerModel, generate_mask_diffusion
+    from vllm_twotower.reference import TwoTowerModel, generate_ar, generate_mask_diffusion
 
-    model = TwoTowerModel.from_pretrained(args.model, torch.bfloat16)
+    model = TwoTowerModel.from_pretrained(args.model, getattr(torch, best_dtype()))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    threshold = args.thresholds[0]
+    threshold = args.thresholds[len(args.thresholds) // 2]
+    eos = tokenizer.eos_token_id
 
-    def run(prompts: list[str]) -> Answers:
-        start = time.perf_counter()
-        results = [
-            generate_mask_diffusion(model, tokenizer(prompt).input_ids, args.max_tokens, gamma=threshold)
-            for prompt in prompts
-        ]
-        seconds = time.perf_counter() - start
-        return Answers([], sum(len(r.tokens) for r in results), sum(r.nfe for r in results), seconds)
+    def variant(generate: Callable[[list[int]], Any]) -> Run:
+        def run(prompts: Sequence[str], num_open: int) -> tuple[Outcome, float]:
+            outcome, passes, started = Outcome(), 0, time.perf_counter()
+            for index, prompt in enumerate(prompts):
+                generation = generate(tokenizer(prompt).input_ids)
+                outcome.tokens += len(generation.tokens)
+                outcome.texts[index] = tokenizer.decode(generation.tokens, skip_special_tokens=True)
+                passes += generation.nfe or len(generation.tokens)
+            outcome.seconds = time.perf_counter() - started
+            return outcome, passes
 
-    return {f"reference, threshold {threshold}": run}
+        return run
+
+    return {
+        "plain loop, ar": variant(lambda ids: generate_ar(model, ids, args.max_tokens, eos_token_id=eos)),
+        f"plain loop, threshold {threshold}": variant(
+            lambda ids: generate_mask_diffusion(model, ids, args.max_tokens, gamma=threshold, eos_token_id=eos)
+        ),
+    }
 
 
 if __name__ == "__main__":

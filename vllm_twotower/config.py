@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 ADDITIONAL_CONFIG_KEY = "twotower"
 COMMIT_POLICIES = ("lazy", "grouped", "separate")
 MODES = ("mask_diffusion", "ar", "mock_ar", "auto")
-AUTO_PASSES_PER_STEP = 8
-"""The most denoiser passes of a step with ``denoise_steps_per_engine_step: auto``: new requests wait for them."""
 FIRST_MODE = "twotower_first_mode"
 """The key in a request's ``extra_args`` by which the scheduler tells the worker how an ``auto`` request starts."""
 DEFAULT_STRATEGY = "confidence_unmasking"

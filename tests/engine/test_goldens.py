@@ -10,7 +10,7 @@ from typing import Any
 import golden_data
 import numpy as np
 import pytest
-from engines import assert_idle, diffusion_params, generate, run_all, running_engine, tokens_of, traced
+from engines import assert_idle, diffusion_params, generate, run_all, runner, running_engine, tokens_of, traced
 from vllm import LLM, SamplingParams
 
 
@@ -20,14 +20,23 @@ class Served:
     llm: LLM
 
 
+# When blocks are committed, and the denoiser passes of an engine step: every pair on some checkpoint.
+CONFIGURATIONS = {
+    "A": [("lazy", "auto"), ("separate", 1), ("grouped", 4), ("lazy", 16)],
+    "B": [("lazy", 4), ("separate", "auto"), ("grouped", 1)],
+    "C": [("lazy", 1), ("separate", 16), ("grouped", "auto")],
+}
+
+
 @pytest.fixture(
     scope="module",
-    params=[(name, commit) for name in golden_data.CHECKPOINTS for commit in ("lazy", "separate")],
-    ids="-".join,
+    params=[(name, *how) for name in golden_data.CHECKPOINTS for how in CONFIGURATIONS[name]],
+    ids=lambda param: "-".join(map(str, param)),
 )
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    name, commit = request.param
-    with running_engine(golden_data.checkpoint(name), {"commit": commit}) as llm:
+    name, commit, steps = request.param
+    options = {"commit": commit, "denoise_steps_per_engine_step": steps}
+    with running_engine(golden_data.checkpoint(name), options) as llm:
         yield Served(name, llm)
         assert_idle(llm)
 
@@ -42,6 +51,28 @@ def autoregressive(mode: str, **overrides: Any) -> SamplingParams:
 def test_all_at_once(served: Served) -> None:
     runs = golden_data.diffusion_runs(served.name) + golden_data.diffusion_runs(served.name, "eos_runs")
     assert run_all(served.llm, runs) == [run.tokens for run in runs]
+
+
+def test_small_tiles_of_logits(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two canvases' logits at a time, also for rows whose next token is drawn."""
+    model, heads = runner(served.llm).model, []
+    logits = model._logits
+
+    def counted(context, denoiser):
+        step = logits(context, denoiser)
+        for name in ("context_head", "denoiser_head"):
+            head = getattr(step, name)
+            setattr(step, name, lambda hidden, head=head: heads.append(len(hidden)) or head(hidden))
+        return step
+
+    monkeypatch.setattr(model, "_logits", counted)
+    monkeypatch.setattr(model, "logit_tile", 33)
+    runs = golden_data.diffusion_runs(served.name)
+    assert run_all(served.llm, runs) == [run.tokens for run in runs]
+    prompts = golden_data.prompts(served.name)
+    outputs = generate(served.llm, [prompt["ids"] for prompt in prompts] * 4, [autoregressive("ar")] * 4 * len(prompts))
+    assert tokens_of(outputs) == [tuple(prompt["ar"]["new_ids"]) for prompt in prompts] * 4
+    assert 16 < max(heads) <= 33
 
 
 def test_shuffled(served: Served) -> None:

@@ -168,9 +168,9 @@ class Served:
     commit: str
 
 
-@pytest.fixture(scope="module", params=["lazy", "separate"])
+@pytest.fixture(scope="module", params=["lazy", "grouped", "separate"])
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    """Long prompts leave canvases behind them only part of the room."""
+    """Little room in a step."""
     tight = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "long_prefill_token_threshold": 50}
     with running_engine(CHECKPOINT, {"commit": request.param}, **tight, **STATISTICS) as llm:
         yield Served(llm, request.param)
@@ -196,7 +196,7 @@ def test_one_request(served: Served) -> None:
     count.check_passes([task])
     count.check_worker()
     assert count.grew[COMMITTED_TOKENS] == 48
-    assert count.grew[CONTEXT_PASSES] == 1 + (2 if served.commit == "lazy" else 3)
+    assert count.grew[CONTEXT_PASSES] == 1 + (3 if served.commit == "separate" else 2)
 
 
 def test_batch(served: Served) -> None:
@@ -212,7 +212,8 @@ def test_long_prompts(served: Served) -> None:
     tasks = [Task(random_prompt(length), 40) for length in (400, 17, 9, 300, 1, 2)]
     with counted(served.llm) as count:
         outputs = run(served.llm, tasks)
-    assert count.ran["idle rows"] == 0
+    assert count.ran["idle rows"] == 0 or served.commit == "grouped"
+    assert count.ran["further passes"] > 0
     count.check_blocks(tasks)
     count.check_passes(tasks)
     count.check_worker()
@@ -355,7 +356,8 @@ def test_preemption(commit: str) -> None:
     page = 64 << 10  # 128 tokens of keys and values, or one state, of this checkpoint
     few_pages = {"max_model_len": 256, "kv_cache_memory_bytes": 14 * page}
     tasks = [Task(random_prompt(95 + 3 * i, i), 60) for i in range(8)]
-    with running_engine(CHECKPOINT, {"commit": commit}, **few_pages, **STATISTICS) as llm:
+    one_pass = {"commit": commit, "denoise_steps_per_engine_step": 1}  # so that steps end within blocks
+    with running_engine(CHECKPOINT, one_pass, **few_pages, **STATISTICS) as llm:
         with counted(llm) as count:
             outputs = run(llm, tasks)
         count.check_blocks(tasks)

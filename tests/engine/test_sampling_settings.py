@@ -30,13 +30,16 @@ def undisturbed() -> tuple[list[list[int]], list[SamplingParams], list[RequestOu
         return prompts, params, generate(llm, prompts, params)
 
 
-@pytest.mark.parametrize("commit", ["lazy", "separate"])
-def test_preempted_as_undisturbed(commit: str, undisturbed: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("commit", "steps"), [("lazy", 2), ("separate", 4), ("grouped", 4)])
+def test_preempted_as_undisturbed(
+    commit: str, steps: int | str, undisturbed: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With few pages requests are thrown out in the middle of a block and start it again."""
     prompts, params, outputs = undisturbed
     page = 64 << 10  # 128 tokens of keys and values, or one state, of this checkpoint
     options = {"max_model_len": 256, "kv_cache_memory_bytes": 14 * page}
-    with running_engine(CHECKPOINT, {"commit": commit}, **options) as llm:
+    twotower = {"commit": commit, "denoise_steps_per_engine_step": steps}
+    with running_engine(CHECKPOINT, twotower, **options) as llm:
         scheduler, preempted = core(llm).scheduler, []
         preempt = scheduler._preempt_request
 

@@ -36,7 +36,7 @@ def params(max_tokens: int, mode: str = "mask_diffusion") -> SamplingParams:
     return SamplingParams(**GREEDY, max_tokens=max_tokens, extra_args={"diffusion_mode": mode})
 
 
-@pytest.fixture(scope="module", params=["lazy", "separate"])
+@pytest.fixture(scope="module", params=["lazy", "grouped", "separate"])
 def tight(request: pytest.FixtureRequest) -> Iterator[LLM]:
     """Prompts are read in chunks of at most 50 tokens, four requests run at once, and the canvases fill a step."""
     with running_engine(

@@ -387,9 +387,9 @@ def test_choice_dwells(h200: CostModel) -> None:
 STEPS = StepsPerBlock((1, 2, 3, 4, 5, 6, 7, 8, 10, 12), (0.05, 0.1, 0.15, 0.17, 0.15, 0.13, 0.1, 0.07, 0.05, 0.03))
 
 
-@pytest.mark.parametrize(("passes_per_step", "engine_steps"), [(1, 7), (2, 5), (3, 3), (9, 3)])
-def test_one_request_by_hand(h200: CostModel, passes_per_step: int, engine_steps: int) -> None:
-    """A prompt and two blocks of three passes: the first block is committed, the second is not."""
+@pytest.mark.parametrize(("passes_per_step", "engine_steps"), [(1, 6), (2, 4), (3, 2), (9, 2), ("auto", 2)])
+def test_one_request_by_hand(h200: CostModel, passes_per_step: int | str, engine_steps: int) -> None:
+    """Two blocks of three passes: the first starts in the prompt's step and is committed, the second is not."""
     model = CostModel(RELEASED, replace(DEVICES["H200"], seconds_per_step=0.125))
     traffic = Traffic(1, StepsPerBlock.of_mean(3), prompt_tokens=10, output_blocks=2, output_spread=0)
     result = simulate(model, traffic, "mask_diffusion", passes_per_step=passes_per_step, measured_requests=1)
@@ -416,7 +416,29 @@ def test_one_autoregressive_request_by_hand(h200: CostModel) -> None:
 def test_two_requests_share_passes(h200: CostModel) -> None:
     traffic = Traffic(2, StepsPerBlock.of_mean(3), prompt_tokens=10, output_blocks=2, output_spread=0)
     result = simulate(h200, traffic, "mask_diffusion", measured_requests=2)
-    assert (result.tokens, result.engine_steps, result.context_passes, result.denoiser_passes) == (64, 7, 2, 6)
+    assert (result.tokens, result.engine_steps, result.context_passes, result.denoiser_passes) == (64, 6, 2, 6)
+
+
+def test_grouped_commits_share_context_passes(h200: CostModel) -> None:
+    """Of 30 requests ten must be finished, while each step's share of them is a seventh; an ideal GPU gains by it."""
+    traffic = Traffic(
+        30, StepsPerBlock((4, 7, 10), (0.3, 0.4, 0.3)), prompt_tokens=10, output_blocks=40, output_spread=30
+    )
+    lazy, grouped = (
+        simulate(h200, traffic, "mask_diffusion", commit=commit, warm_up_requests=30, measured_requests=60)
+        for commit in ("lazy", "grouped")
+    )
+    assert grouped.context_passes / grouped.tokens < 0.7 * lazy.context_passes / lazy.tokens
+    assert grouped.tokens_per_second > 1.05 * lazy.tokens_per_second
+
+
+def test_auto_steps_end_with_the_first_block(h200: CostModel) -> None:
+    """Two requests with blocks of one or eight passes: no step goes on once a block is whole."""
+    traffic = Traffic(2, StepsPerBlock((1, 8), (0.5, 0.5)), prompt_tokens=10, output_blocks=20, output_spread=0)
+    result = simulate(h200, traffic, "mask_diffusion", passes_per_step="auto", measured_requests=2)
+    blocks = 2 * 20
+    assert result.context_passes <= blocks
+    assert blocks / 2 <= result.engine_steps <= blocks + 4
 
 
 @pytest.mark.parametrize(
@@ -437,7 +459,7 @@ def test_formulas_agree_with_the_simulation(
         )
         load = Load(num_open, prompt_tokens + 64, STEPS, passes_per_step, prompt_tokens, 128)
         predicted = h200.tokens_per_second(mode, load)
-        assert predicted == pytest.approx(result.tokens_per_second, rel=0.06), num_open
+        assert predicted == pytest.approx(result.tokens_per_second, rel=0.07), num_open
 
 
 def test_passes_of_a_step_by_hand() -> None:

@@ -17,11 +17,12 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_twotower.checkpoint import TwoTowerConfig
-from vllm_twotower.config import AUTO_PASSES_PER_STEP, EngineOptions
+from vllm_twotower.config import EngineOptions
 from vllm_twotower.planning.cost_model import CostModel, Load
 from vllm_twotower.planning.fit import HardwareFit, work
 from vllm_twotower.planning.hardware import DEVICES, Hardware
 from vllm_twotower.planning.mode_choice import ModeChooser, ModeDecision
+from vllm_twotower.planning.step_policy import AUTO_PASSES_PER_STEP
 from vllm_twotower.planning.steps_per_block import StepsPerBlock
 
 from .rows import RowWork
@@ -33,7 +34,7 @@ logger = init_logger(__name__)
 
 FORGET = 0.01
 """Share of their weight that older steps lose with each new one."""
-STEPS_BETWEEN_FITS = 16
+STEPS_BETWEEN_FITS = 32
 BLOCKS_KEPT = 200
 """What all blocks so far weigh together at most, in blocks."""
 FIRST_PASSES_PER_BLOCK = 4

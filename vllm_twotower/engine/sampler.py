@@ -16,8 +16,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
-from vllm_twotower.config import AUTO_PASSES_PER_STEP
 from vllm_twotower.model.step_logits import StepLogits
+from vllm_twotower.planning.step_policy import AUTO_PASSES_PER_STEP, worth_a_context_pass
 from vllm_twotower.sampling.prediction import (
     draw,
     margin,
@@ -34,7 +34,7 @@ from .blocks import Blocks
 from .logit_rules import UNDECIDED, Text
 from .request_table import RequestTable
 from .staging import Staging
-from .step_plan import StepPlan, TowerRows
+from .step_plan import RowSplit, StepPlan, TowerRows
 from .token_logprobs import collect
 
 
@@ -104,7 +104,7 @@ class TwoTowerSampler:
         if len(split.mock_ar):
             self._mock_ar(plan, slots, logits, grammar, sampled, num_sampled)
         if plan.blocks is not None:
-            self._fill(plan.blocks, split.others_wait, logits, sampled, num_sampled, passes)
+            self._fill(plan.blocks, split, logits, sampled, num_sampled, passes)
 
         is_block = ~(table.is_ar[slots] | table.is_mock_ar[slots])
         drafts = np.where(input_batch.is_prefilling_np[:num_reqs], 0, input_batch.num_scheduled_tokens[:num_reqs])
@@ -144,24 +144,32 @@ class TwoTowerSampler:
     def _fill(
         self,
         blocks: Blocks,
-        others_wait: bool,
+        split: RowSplit,
         logits: StepLogits,
         sampled: torch.Tensor,
         num_sampled: np.ndarray,
         passes: np.ndarray,
     ) -> None:
         """Denoises the blocks, as often as a step may; blocks that are whole drop out."""
-        limit = self._table.engine.denoise_steps_per_engine_step
+        engine = self._table.engine
+        limit, num_canvases, num_finished = (
+            engine.denoise_steps_per_engine_step,
+            len(blocks) + split.num_held,
+            split.num_held,
+        )
         hidden = logits.denoiser[: blocks.rows.num_tokens]
         for count in itertools.count(1):
             converged = self._denoise_tiles(blocks, hidden, logits, sampled, num_sampled)
             passes[blocks.rows.batch_rows] += 2
+            num_finished += int(converged.sum())
             if limit == "auto":
-                # A whole block's request goes on in the next step: it must not wait for the others.
-                is_last = others_wait or converged.any() or count == AUTO_PASSES_PER_STEP
+                # A whole block's request goes on in the next step, unless it has to wait for others anyway.
+                is_grouped = engine.commit == "grouped" and not worth_a_context_pass(num_finished, num_canvases)
+                goes_on = is_grouped or num_finished == split.num_held
+                is_last = split.others_wait or not goes_on or count == AUTO_PASSES_PER_STEP
             else:
-                is_last = converged.all() or count == limit
-            if is_last:
+                is_last = count == limit
+            if is_last or converged.all():
                 return
             changed = len(hidden) < len(logits.denoiser) if count == 1 else False
             if converged.any():

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from vllm_twotower.model.denoiser import CanvasRows
+from vllm_twotower.planning.step_policy import worth_a_context_pass
 
 from .request_table import RequestTable
 from .staging import Staging
@@ -93,7 +94,8 @@ class RowSplit:
     Rows of the context tower, and of the denoiser: ``blocks`` and the single tokens of ``mock_ar`` requests. Masks over
     the batch's rows: ``commits`` (tokens the context tower reads were pending), ``emits`` (these tokens are also
     returned in this step), ``next_token`` (the context head gives the row's next token). ``others_wait`` says whether
-    further passes over the blocks would keep other rows waiting.
+    further passes over the blocks would keep other rows waiting, not counting the ``num_held`` finished blocks that
+    wait for more of them.
     """
 
     context: TowerRows
@@ -103,6 +105,7 @@ class RowSplit:
     emits: np.ndarray
     next_token: np.ndarray
     others_wait: bool
+    num_held: int
 
     @cached_property
     def canvas(self) -> TowerRows:
@@ -173,16 +176,7 @@ def split_rows(
     rows = np.flatnonzero(mock)
     newest = np.where(prefill, in_batch + num_scheduled - 1, in_table)[rows]
     mock_ar = TowerRows(rows, (ends - 1)[rows], np.ones_like(rows), newest)
-    return RowSplit(context, blocks, mock_ar, commits, emits, next_token, others_wait)
-
-
-def worth_a_context_pass(num_finished: int, num_canvases: int) -> bool:
-    """Whether finished blocks are enough for a step that runs the context tower for them alone (``commit: grouped``).
-
-    A third of the canvases is near the optimum where a pass costs the same for few tokens as for many (weights that
-    are read once a pass) and a block takes about five: waiting costs canvases, passes cost weight reads.
-    """
-    return 3 * num_finished >= num_canvases
+    return RowSplit(context, blocks, mock_ar, commits, emits, next_token, others_wait, int(held.sum()))
 
 
 @dataclass

@@ -197,27 +197,27 @@ class CostModel:
         return self.canvas_length * (self.hardware.seconds_per_step + step)
 
     def _diffusion_block_seconds(self, load: Load) -> float:
-        """A request goes through s steps a block, and through one more for its prompt; its last block is not committed.
+        """A request goes through s steps a block; its last block is not committed.
 
         Requests are in different phases. In a step, the context tower commits whatever was finished in the step before,
         and reads what prompts there are; then the denoiser makes one pass after the other over the canvases that are
-        not finished yet.
+        not finished yet, those of new prompts too.
         """
         batch, context_len = load.num_open, load.context_len
-        denoising_steps, *unfinished = load.steps_per_block.in_steps_of(load.passes_per_step)
+        steps, *unfinished = load.steps_per_block.in_steps_of(load.passes_per_step)
         prompts_per_block = min(1.0, self.canvas_length / load.output_tokens)
-        steps = denoising_steps + prompts_per_block
         starts, commits = prompts_per_block / steps, (1 - prompts_per_block) / steps  # of a request, in a step
         some_start = 1 - (1 - starts) ** batch
         step = self.hardware.seconds_per_step
-        step += (1 - some_start) * self._blocks_pass_seconds("context", batch, commits / (1 - starts), context_len)
+        if commits:
+            step += (1 - some_start) * self._blocks_pass_seconds("context", batch, commits / (1 - starts), context_len)
         if some_start:
             starting, committing = batch * starts / some_start, batch * commits
             tokens = starting * load.prompt_tokens + committing * self.canvas_length
             context_tokens = committing * context_len
             step += some_start * self.pass_cost("context", starting + committing, tokens, context_tokens, 0).seconds
         for share in unfinished:
-            step += self._blocks_pass_seconds("denoiser", batch, (1 - starts) * share, context_len)
+            step += self._blocks_pass_seconds("denoiser", batch, share, context_len)
         return steps * step
 
     def tokens_per_second(self, mode: PlannedMode, load: Load) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import compress, product
+from itertools import combinations
 from math import inf
 
 import numpy as np
@@ -93,15 +93,18 @@ class HardwareFit:
 
 
 def _non_negative_solution(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
-    """Minimises x' gram x / 2 - moment' x over x >= 0, (n,): tries every set of positive coefficients, at most 2^6."""
-    best, best_value = np.zeros(len(moment)), 0.0
-    for support in product((False, True), repeat=len(moment)):
-        chosen = list(compress(range(len(moment)), support))
-        if not chosen:
-            continue
-        solution = np.linalg.solve(gram[np.ix_(chosen, chosen)], moment[chosen])
-        value = -moment[chosen] @ solution / 2
-        if (solution >= 0).all() and value < best_value:
-            best, best_value = np.zeros(len(moment)), value
-            best[chosen] = solution
-    return best
+    """Minimises x' gram x / 2 - moment' x over x >= 0, (n,).
+
+    Tries sets of positive coefficients, large ones first, until one meets the conditions of the minimum: no coefficient
+    is negative, and the value falls along none of those that are 0.
+    """
+    everything = range(len(moment))
+    for size in range(len(moment), 0, -1):
+        for chosen in combinations(everything, size):
+            solution = np.zeros(len(moment))
+            support = list(chosen)
+            solution[support] = np.linalg.solve(gram[np.ix_(support, support)], moment[support])
+            slope = gram @ solution - moment
+            if (solution >= 0).all() and (np.delete(slope, support) >= -1e-12).all():
+                return solution
+    return np.zeros(len(moment))
