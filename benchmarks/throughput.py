@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,10 +43,12 @@ def main() -> None:
 
     asked = problems(args.model)
     variants = {}
-    for options in [{}, *args.engines]:
+    for options in [*args.engines, {}]:
         llm = start(args.model, options, max_num_seqs=max(args.open))
         name = ", ".join(f"{key} {value}" for key, value in options.items())
-        variants |= {f"{variant} {name}".strip(): run for variant, run in engine_variants(llm, args).items()}
+        # vLLM's metrics of this process are those of the newest engine.
+        of_engine = engine_variants(llm, args, counts_passes=not options)
+        variants |= {f"{variant} {name}".strip(): run for variant, run in of_engine.items()}
     if args.reference:
         variants |= reference_variants(args)
     print(f"dtype {best_dtype()}; {args.rounds} rounds; a pass is one tower's run over one request's row\n")
@@ -82,7 +85,7 @@ def _result(text: str) -> str:
     return text.rpartition("The answer is ")[2].rstrip(".\n ")
 
 
-def engine_variants(llm: LLM, args: argparse.Namespace) -> dict[str, Run]:
+def engine_variants(llm: LLM, args: argparse.Namespace, counts_passes: bool) -> dict[str, Run]:
     """One engine's ways to answer."""
     from vllm import SamplingParams
 
@@ -93,6 +96,8 @@ def engine_variants(llm: LLM, args: argparse.Namespace) -> dict[str, Run]:
             before = metric_values(llm)
             outcome = closed_loop(llm, prompts, num_open, params)
             after = metric_values(llm)
+            if not counts_passes:
+                return outcome, math.nan
             return outcome, sum(after[name] - before[name] for name in (DENOISER, CONTEXT)) - len(prompts)
 
         return run
