@@ -21,7 +21,7 @@ THREADS ?= 1
 THREADING := OMP_NUM_THREADS=$(THREADS) VLLM_CPU_OMP_THREADS_BIND=nobind
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test lint format lock clean
+.PHONY: help setup demo serve test bench lint format lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,13 @@ serve: setup  ## serve the tiny model over HTTP (MODEL=, CONFIG=, THREADS=)
 
 test: setup  ## run the tests, unit tests first (ARGS="-k name")
 	$(RUN) python -m pytest tests/unit tests/engine tests/distributed tests/server tests/gpu $(ARGS)
+
+bench: setup  ## measure speed, latency, memory and the cost model (tables; ARGS go to the first)
+	$(RUN) python benchmarks/throughput.py --reference $(ARGS)
+	$(RUN) python benchmarks/step_overhead.py
+	$(RUN) python benchmarks/latency.py
+	$(RUN) python benchmarks/memory.py
+	$(RUN) python benchmarks/cost_model.py
 
 lint: setup  ## check style and formatting
 	$(BIN)/ruff check .

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads slow a tiny model down
 
-PARTS = ("scheduler", "prepare", "metadata", "towers", "heads", "sampler", "post", "update", "detokenizer")
+from closed_loop import TINY, best_dtype, problems, start
+
+PARTS = ("scheduler", "prepare", "metadata", "towers", "heads", "sampler", "further", "post", "update", "detokenizer")
 
 
 class Clock:
@@ -47,6 +46,7 @@ class Clock:
                 seconds = time.perf_counter() - start
                 inside = self._open.pop()[0]
                 self._step[part] += seconds - inside
+                self._step[f"calls of {part}"] += 1
                 if self._open:
                     self._open[-1][0] += seconds
 
@@ -65,36 +65,35 @@ class Clock:
 def main() -> None:
     """Measures and prints one table for each mode."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("models/tiny-twotower"))
+    parser.add_argument("--model", type=Path, default=TINY)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--twotower", type=json.loads, default={}, help="engine options as JSON")
     args = parser.parse_args()
 
-    from vllm import LLM
-
-    llm = LLM(
-        model=str(args.model),
-        dtype=args.dtype,
-        max_model_len=1024,
-        max_num_seqs=max(args.batch_sizes),
-        kv_cache_memory_bytes=256 << 20,
-        additional_config={"twotower": args.twotower},
-    )
+    llm = start(args.model, args.twotower, max_num_seqs=max(args.batch_sizes))
     clock = timed_parts(llm)
-    prompts = [json.loads(line)["prompt"] for line in (args.model / "heldout.jsonl").read_text().splitlines()]
-    print(f"{'mode':15}{'requests':>9}{'tokens/s':>10}{'step ms':>9}  " + "".join(f"{part:>12}" for part in PARTS))
+    prompts = [problem["prompt"] for problem in problems(args.model)]
+    print(f"dtype {best_dtype()}; ms, medians over steps; further: tower passes of a step after the first;")
+    print("around: all but towers, further and heads, per tower pass\n")
+    columns = ("mode", "requests", "tokens/s", "passes", "step", *PARTS, "around")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for mode in ("mask_diffusion", "ar"):
         for batch_size in args.batch_sizes:
             run(llm, prompts[:batch_size], mode, args.max_tokens, clock)
             clock.steps.clear()
             rates = [run(llm, prompts[:batch_size], mode, args.max_tokens, clock) for _ in range(args.rounds)]
             steps = [step for step in clock.steps if step["towers"]]
+            passes = [1 + step["calls of further"] for step in steps]
             medians = [statistics.median(step[part] for step in steps) * 1e3 for part in ("step", *PARTS)]
-            figures = f"{medians[0]:9.2f}  " + "".join(f"{value:12.3f}" for value in medians[1:])
-            print(f"{mode:15}{batch_size:9}{statistics.median(rates):10.0f}{figures}")
+            around = statistics.median(
+                (step["step"] - step["towers"] - step["further"] - step["heads"]) / count * 1e3
+                for step, count in zip(steps, passes, strict=True)
+            )
+            figures = " | ".join(f"{value:.2f}" for value in (*medians, around))
+            rate = statistics.median(rates)
+            print(f"| {mode} | {batch_size} | {rate:.0f} | {statistics.median(passes):.0f} | {figures} |", flush=True)
 
 
 def timed_parts(llm: Any) -> Clock:
@@ -108,8 +107,9 @@ def timed_parts(llm: Any) -> Clock:
     clock.wrap(runner, "execute_model", "prepare")
     clock.wrap(runner.model_state, "prepare_attn", "metadata")
     clock.wrap(runner.model, "forward", "towers")
-    clock.wrap(runner.model, "compute_logits", "heads")
+    clock.wrap(runner.model.logits_processor, "forward", "heads")
     clock.wrap(type(runner.sampler), "__call__", "sampler")
+    clock.wrap(runner.model_state, "denoise_again", "further")
     clock.wrap(runner, "sample_tokens", "post")
     clock.wrap(llm.llm_engine.output_processor, "process_outputs", "detokenizer")
     return clock
