@@ -24,6 +24,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_twotower.config import EngineOptions
 from vllm_twotower.model.denoiser import DENOISER_PREFIX
 
+from .prefix_cache import commit_interval, move_states, state_block_size, state_column
 from .request_table import RequestTable
 from .sampler import TwoTowerSampler
 from .step_plan import StepPlan, TowerRows, block_inputs, canvas_inputs, context_inputs, page_slots, split_rows
@@ -50,8 +51,10 @@ class TwoTowerModelState(ModelState):
         return plan
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
-        """Notes which state slot each Mamba layer's group has, and the page sizes."""
+        """Notes which block table each Mamba layer's states are in, and the page sizes."""
         self._block_sizes = block_tables.block_sizes
+        self._state_block_size = state_block_size(kv_cache_config, self.max_model_len)
+        self._commit_interval = commit_interval(kv_cache_config, self.max_model_len)
         self._mamba_layers = {
             layer_name: group_id
             for group_id, group in enumerate(kv_cache_config.kv_cache_groups)
@@ -96,9 +99,11 @@ class TwoTowerModelState(ModelState):
             self.table,
             self.max_model_len,
             self.options.commit == "lazy",
+            self._commit_interval,
         )
-        canvas_tables = self._rows_of(block_tables, split.canvas)
-        state_indices = {name: canvas_tables[group][:, 0] for name, group in self._mamba_layers.items()}
+        context_tables, canvas_tables = (self._rows_of(block_tables, rows) for rows in (split.context, split.canvas))
+        self._move_states(split.context, context_tables)
+        state_indices = self._state_indices(split.canvas, canvas_tables)
         input_ids = input_batch.input_ids[: input_batch.num_tokens]
         blocks = block_inputs(split, self.table, slots)
         self._plan = StepPlan(
@@ -109,7 +114,7 @@ class TwoTowerModelState(ModelState):
         )
         metadata: dict[str, Any] = {}
         for rows, tables, of_denoiser in (
-            (split.context, self._rows_of(block_tables, split.context), False),
+            (split.context, context_tables, False),
             (split.canvas, canvas_tables, True),
         ):
             if len(rows):
@@ -121,6 +126,21 @@ class TwoTowerModelState(ModelState):
     def _rows_of(block_tables: tuple[torch.Tensor, ...], rows: TowerRows) -> list[torch.Tensor]:
         index = async_tensor_h2d(rows.batch_rows, device=block_tables[0].device)
         return [table[index] for table in block_tables]
+
+    def _move_states(self, rows: TowerRows, block_tables: list[torch.Tensor]) -> None:
+        layers = self.vllm_config.compilation_config.static_forward_context
+        move_states(
+            rows.starts,
+            rows.seq_lens,
+            self._state_block_size,
+            ((block_tables[group], layers[name].kv_cache) for name, group in self._mamba_layers.items()),
+        )
+
+    def _state_indices(self, rows: TowerRows, block_tables: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The slot (rows,) of the state before each row, by context layer."""
+        columns = async_tensor_h2d(state_column(rows.starts, self._state_block_size), device=self.device)[:, None]
+        of_group = {group: block_tables[group].gather(1, columns)[:, 0] for group in set(self._mamba_layers.values())}
+        return {name: of_group[group] for name, group in self._mamba_layers.items()}
 
     def _tower_metadata(
         self,

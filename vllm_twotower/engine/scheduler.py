@@ -16,6 +16,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm_twotower.config import EngineOptions, RequestOptions
 
 from .metrics import RequestDenoisingMetrics, StepCosts
+from .prefix_cache import FoundPages, commit_interval, next_stop
 
 
 @dataclass
@@ -23,14 +24,14 @@ class RowState:
     """What decides which towers run a request's row: the worker has the same, from the same events.
 
     The first ``prefill_len`` tokens are read as a prompt, after a preemption also those generated before. The block
-    that is being filled had ``num_passes`` denoiser passes. ``pending``: the context tower has yet to read a block
-    that was returned.
+    that is being filled had ``num_passes`` denoiser passes. ``unread`` of the returned tokens the context tower has yet
+    to read.
     """
 
     options: RequestOptions
     prefill_len: int
     num_passes: int = 0
-    pending: bool = False
+    unread: int = 0
 
 
 class TwoTowerScheduler(DiffusionScheduler):
@@ -45,6 +46,8 @@ class TwoTowerScheduler(DiffusionScheduler):
         self._costs = StepCosts()
         self._held_logprobs: dict[str, Any] = {}
         self._held_token_id_logprobs: dict[str, Any] = {}
+        self._commit_interval = commit_interval(self.kv_cache_config, self.max_model_len)
+        self._found_pages = FoundPages(self.kv_cache_manager, self._unread)
 
     def add_request(self, request: Request) -> None:
         """Admits a request; vLLM's per-request metrics, where it made some, give way to ours."""
@@ -106,8 +109,14 @@ class TwoTowerScheduler(DiffusionScheduler):
             return
         if num_scheduled < min(options.canvas_length, self.max_model_len - start):
             return  # scheduled in part
-        costs.context_passes += row.pending if lazy_commit else num_sampled > 0
-        if lazy_commit or not num_sampled:
+        if row.unread:
+            costs.context_passes += 1
+            row.unread = max(0, start - next_stop(start - row.unread, self._commit_interval))
+            if row.unread:
+                return
+        if num_sampled and not lazy_commit:
+            costs.context_passes += 1
+        else:
             costs.denoiser_passes += 1
             costs.canvas_positions += num_scheduled
             row.num_passes += 1
@@ -120,7 +129,20 @@ class TwoTowerScheduler(DiffusionScheduler):
             row.num_passes = 0
             if metrics is not None:
                 metrics.finish_block(num_sampled)
-        row.pending = lazy_commit and num_sampled > 0
+            end = start + num_sampled
+            row.unread = num_sampled if lazy_commit else max(0, end - next_stop(start, self._commit_interval))
+
+    def _unread(self, request: Request) -> int:
+        """How many of the tokens that vLLM counts as computed the context tower reads in a later step."""
+        row = self._rows.get(request.request_id)
+        if request.num_computed_tokens == 0 or row is None:  # new or preempted
+            options = RequestOptions.parse(request.sampling_params.extra_args, self._engine_options)
+            return options.mode == "mock_ar"
+        return 1 if row.options.mode == "mock_ar" else row.unread
+
+    def _free_request_blocks(self, request: Request) -> None:
+        self._found_pages.cache(request)
+        super()._free_request_blocks(request)
 
     def _hold(self, held: dict[str, Any], returned: dict[str, Any], num_sampled: dict[str, int]) -> None:
         """Takes from ``returned`` what vLLM could not send yet, and puts back what goes with a first output."""

@@ -5,6 +5,9 @@ request. A canvas row that holds a block the context tower has not read commits 
 being filled runs through the denoiser. With the lazy commit one row does both in one step: the context tower reads the
 finished block, and the denoiser starts the next.
 
+If Mamba states of generated text are cached, the context tower stops where they are. What a block has behind that
+position is read in the next step, and only then does the denoiser go on.
+
 An ``ar`` row is as in any causal model: the context tower reads its newest token. A ``mock_ar`` row, NVIDIA's debugging
 mode, runs the denoiser without time conditioning on the newest token alone, after the context tower has read the token
 before it; so the last prompt token is the denoiser's too.
@@ -69,8 +72,8 @@ class RowSplit:
 
     ``context`` and ``canvas`` are the towers' rows; the last ``num_mock_ar`` canvas rows are the single tokens of
     ``mock_ar`` requests, the others blocks. Masks over the batch's rows: ``commits`` (tokens the context tower reads
-    were pending), ``emits`` (these tokens are also returned in this step), ``next_token`` (the context head gives the
-    row's next token).
+    were pending), ``emits`` (the pending tokens are also returned in this step), ``next_token`` (the context head gives
+    the row's next token). ``still_pending`` (rows,): how many tokens will be pending after the pass.
     """
 
     context: TowerRows
@@ -79,6 +82,7 @@ class RowSplit:
     commits: np.ndarray
     emits: np.ndarray
     next_token: np.ndarray
+    still_pending: np.ndarray
 
     @cached_property
     def blocks(self) -> TowerRows:
@@ -100,37 +104,36 @@ def split_rows(
     table: RequestTable,
     max_model_len: int,
     lazy_commit: bool,
+    commit_interval: int,
 ) -> RowSplit:
-    """Decides what each row does; every argument but the last three is (rows,).
+    """Decides what each row does; every argument but the last four is (rows,).
 
     ``query_start`` is where a row's tokens begin in vLLM's batch. A canvas that was scheduled in part, because the
-    token budget ran out, does nothing; near ``max_model_len`` a canvas is as wide as the room left.
+    token budget ran out, does nothing; near ``max_model_len`` a canvas is as wide as the room left. Commits stop at
+    multiples of ``commit_interval``.
     """
-    width, pending, is_ar, is_mock = (
-        column[slots] for column in (table.width, table.pending, table.is_ar, table.is_mock_ar)
+    width, pending, read, is_ar, is_mock = (
+        column[slots] for column in (table.width, table.pending, table.read, table.is_ar, table.is_mock_ar)
     )
     prefill = num_computed < prefill_len
     ends_prefill = prefill & (num_computed + num_scheduled >= prefill_len)
     whole = ~prefill & (num_scheduled == np.minimum(width, max_model_len - num_computed))
     commits = whole & (pending > 0)
-    emits = commits & ~is_ar & ~is_mock & (not lazy_commit)
+    emits = commits & ~is_ar & ~is_mock & (not lazy_commit) & (read == 0)
+    # Tokens that were returned before they are committed lie before the scheduled ones.
+    behind = commits & ~is_ar & ~emits
+    starts = num_computed - behind * pending
+    committed = commits * np.minimum(pending, commit_interval - starts % commit_interval)
     next_token = is_ar & (commits | ends_prefill)
     mock = is_mock & (whole | ends_prefill)
-    denoises = whole & ~is_ar & ~is_mock & (lazy_commit | (pending == 0))
+    denoises = whole & ~is_ar & ~is_mock & ~emits & (committed == pending)
 
     # Where a row's tokens lie: in the table, a canvas's length a slot, or after it, among vLLM's input ids.
     in_table = slots * table.engine.canvas_length
     in_batch = table.canvas.numel() + query_start
-    # Tokens that were returned before they are committed lie before the scheduled ones.
-    behind = commits & ~is_ar & (lazy_commit | is_mock)
-    lengths = np.where(commits, pending, num_scheduled - (mock & prefill))
+    lengths = np.where(commits, committed, num_scheduled - (mock & prefill))
     rows = np.flatnonzero((prefill | commits) & (lengths > 0))
-    context = TowerRows(
-        rows,
-        (num_computed - behind * pending)[rows],
-        lengths[rows],
-        np.where(commits, in_table, in_batch)[rows],
-    )
+    context = TowerRows(rows, starts[rows], lengths[rows], np.where(commits, in_table + read, in_batch)[rows])
     # vLLM's Mamba metadata takes one-token rows with a state for decodes, which come first (mamba_attn.py).
     context = context.ordered(np.argsort(~((context.lengths == 1) & (context.starts > 0)), kind="stable"))
 
@@ -142,7 +145,7 @@ def split_rows(
         (num_scheduled - skipped)[rows],
         np.where(prefill, in_batch + skipped, in_table)[rows],
     )
-    return RowSplit(context, canvas, int(mock.sum()), commits, emits, next_token)
+    return RowSplit(context, canvas, int(mock.sum()), commits, emits, next_token, pending - committed)
 
 
 @dataclass
