@@ -35,6 +35,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 DENOISING_STEPS = "vllm:diffusion_num_denoising_steps"
 CANVAS_POSITIONS = "vllm:diffusion_num_canvas_positions"
 COMMITTED_TOKENS = "vllm:diffusion_num_committed_tokens"
+PAGE = 128
 STATISTICS = {"disable_log_stats": False, "per_request_spec_decode_metrics": "detailed"}
 
 
@@ -162,8 +163,9 @@ class Served:
 
 @pytest.fixture(scope="module", params=["lazy", "separate"])
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    """Long prompts leave canvases behind them only part of the room."""
+    """Long prompts leave canvases behind them only part of the room; commits stop at the ends of pages."""
     tight = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "long_prefill_token_threshold": 50}
+    tight["prefix_cache_retention_interval"] = PAGE
     with running_engine(CHECKPOINT, {"commit": request.param}, **tight, **STATISTICS) as llm:
         yield Served(llm, request.param)
         assert_idle(llm)
@@ -177,6 +179,8 @@ BATCH = [
     Task(random_prompt(70), 50, width=13, steps=4, threshold=0.5),
     Task(random_prompt(2), 48, steps=3, threshold=1.0),
     Task(random_prompt(40), 7, width=5, threshold=0.3),
+    Task(random_prompt(PAGE - 9), 40),
+    Task(random_prompt(2 * PAGE - 10), 40, width=10),
 ]
 
 
@@ -231,6 +235,7 @@ def test_forced_blocks(served: Served, steps: int) -> None:
 def test_autoregressive(served: Served, mode: str, length: int) -> None:
     """Alone, a prompt is read in chunks of 64 tokens. The denoiser of mock_ar is not denoising a block."""
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=10, extra_args={"diffusion_mode": mode})
+    served.llm.reset_prefix_cache()
     with counted(served.llm) as count:
         [output] = generate(served.llm, [random_prompt(length)], [params])
     assert len(output.outputs[0].token_ids) == 10

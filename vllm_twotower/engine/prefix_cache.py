@@ -25,6 +25,20 @@ def state_block_size(kv_cache_config: KVCacheConfig, max_model_len: int) -> int:
     return next((spec.block_size for spec in specs if isinstance(spec, MambaSpec)), max_model_len)
 
 
+def check_page_size(kv_cache_config: KVCacheConfig, canvas_length: int) -> None:
+    """Raises ValueError if two canvases do not fit into a page; then a request could need more slots than vLLM counts.
+
+    vLLM decides on the size of pages after the configuration is made.
+    """
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if isinstance(spec, MambaSpec) and spec.mamba_cache_mode == "align" and spec.block_size < 2 * canvas_length:
+            raise ValueError(
+                f"canvas_length={canvas_length} is not supported with prefix caching in pages of {spec.block_size} "
+                f"tokens: set block_size={2 * canvas_length} or more, or enable_prefix_caching=False"
+            )
+
+
 def commit_interval(kv_cache_config: KVCacheConfig, max_model_len: int) -> int:
     """The tokens between two positions of generated text where Mamba states are cached; by default there are none."""
     interval = kv_cache_config.prefix_cache_retention_interval

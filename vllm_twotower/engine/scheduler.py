@@ -16,7 +16,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm_twotower.config import EngineOptions, RequestOptions
 
 from .metrics import RequestDenoisingMetrics, StepCosts
-from .prefix_cache import FoundPages, commit_interval, next_stop
+from .prefix_cache import FoundPages, check_page_size, commit_interval, next_stop
 
 
 @dataclass
@@ -46,6 +46,7 @@ class TwoTowerScheduler(DiffusionScheduler):
         self._costs = StepCosts()
         self._held_logprobs: dict[str, Any] = {}
         self._held_token_id_logprobs: dict[str, Any] = {}
+        check_page_size(self.kv_cache_config, self._engine_options.canvas_length)
         self._commit_interval = commit_interval(self.kv_cache_config, self.max_model_len)
         self._found_pages = FoundPages(self.kv_cache_manager, self._unread)
 

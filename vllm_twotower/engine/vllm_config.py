@@ -97,6 +97,11 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             vllm_config.scheduler_config.async_scheduling,
             "which rows the context tower runs on depends on the step before",
         ),
+        (
+            "prefix_match_unit",
+            vllm_config.cache_config.prefix_match_unit,
+            "Mamba states are cached at the end of whole pages; leave it out",
+        ),
         ("mamba_use_replayssm", vllm_config.cache_config.use_replayssm, "the denoiser reads materialised Mamba states"),
     )
     for name, value, reason in refused:
