@@ -349,7 +349,7 @@ def test_documented(served: Served) -> None:
 def test_preemption(commit: str) -> None:
     """A request that is thrown out starts its block again; the passes it had were passes, but are in no block."""
     page = 64 << 10  # 128 tokens of keys and values, or one state, of this checkpoint
-    few_pages = {"max_model_len": 256, "kv_cache_memory_bytes": 14 * page}
+    few_pages = {"max_model_len": 256, "kv_cache_memory_bytes": 12 * page}
     tasks = [Task(random_prompt(95 + 3 * i, i), 60) for i in range(8)]
     with running_engine(CHECKPOINT, {"commit": commit}, **few_pages, **STATISTICS) as llm:
         with counted(llm) as count:

@@ -117,7 +117,7 @@ def empty(served: Served) -> Served:
 
 
 def test_shared_prefixes(empty: Served) -> None:
-    """At once, where requests share what is read in the same step; then one after the other, again and longer."""
+    """At once, then one after the other, then longer ones."""
     stems = [random_prompt(length, length) for length in (128, 200, 257, 384)]
     tasks = [
         Task(stem + random_prompt(tail, tail), 20, mode)
@@ -129,6 +129,14 @@ def test_shared_prefixes(empty: Served) -> None:
         assert run(empty.llm, [task]) == [whole_pages(len(task.prompt) - 1)]
     longer = [Task(task.prompt + random_prompt(9, 9), 20, task.mode) for task in tasks]
     assert sum(run(empty.llm, longer)) >= sum(whole_pages(len(task.prompt) - 1) for task in tasks)
+
+
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_requests_that_come_together_share(empty: Served, mode: str) -> None:
+    """The first one's prompt is found in the step after it is read, before any other is."""
+    task = Task(random_prompt(PAGE + 20, 2), 20, mode)
+    found = run(empty.llm, [task] * 3)
+    assert found == [0, PAGE, PAGE]
 
 
 @pytest.mark.parametrize("mode", MODES)

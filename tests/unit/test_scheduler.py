@@ -75,17 +75,17 @@ def test_level_of_request_metrics_reaches_the_scheduler(level: str) -> None:
     assert scheduler(per_request_spec_decode_metrics=level).spec_decode_metrics_level == level
 
 
-def scheduler(enable_prefix_caching: bool = False, **options: Any) -> TwoTowerScheduler:
-    """A scheduler with ten thousand pages; the cache's layout does not matter here."""
+def scheduler(enable_prefix_caching: bool = False, num_pages: int = 10_000, **options: Any) -> TwoTowerScheduler:
+    """A scheduler with so many pages; the cache's layout does not matter here."""
     made = config(max_num_batched_tokens=128, max_num_seqs=4, enable_prefix_caching=enable_prefix_caching, **options)
-    made.cache_config.num_gpu_blocks = 10_000
+    made.cache_config.num_gpu_blocks = num_pages
     init_none_hash(sha256)
     group = KVCacheGroupSpec(
         ["layer"], FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=1, dtype=torch.float32)
     )
     return TwoTowerScheduler(
         vllm_config=made,
-        kv_cache_config=KVCacheConfig(10_000, [], [group]),
+        kv_cache_config=KVCacheConfig(num_pages, [], [group]),
         structured_output_manager=StructuredOutputManager(made),
         block_size=PAGE,
         log_stats=True,
@@ -98,13 +98,19 @@ def lazy() -> TwoTowerScheduler:
 
 
 def add(
-    made: TwoTowerScheduler, name: str, prompt_len: int, max_tokens: int = WIDTH, mode: str = "mask_diffusion"
+    made: TwoTowerScheduler,
+    name: str,
+    prompt_len: int,
+    max_tokens: int = WIDTH,
+    mode: str = "mask_diffusion",
+    priority: int = 0,
 ) -> None:
     params = SamplingParams(
         temperature=0, ignore_eos=True, max_tokens=max_tokens, extra_args={"diffusion_mode": mode}, prompt_logprobs=0
     )
     hasher = get_request_block_hasher(PAGE, sha256)
-    made.add_request(Request(name, [7] * prompt_len, params, pooling_params=None, block_hasher=hasher))
+    request = Request(name, [7] * prompt_len, params, pooling_params=None, block_hasher=hasher, priority=priority)
+    made.add_request(request)
 
 
 def step(
@@ -250,6 +256,26 @@ def test_an_unread_block_is_not_cached(event: str) -> None:
         step(made, {})
         step(made, {})
     assert cached_pages(made) == 1
+
+
+def test_a_chunk_preempted_in_its_step_is_not_cached() -> None:
+    """With priorities a request can be thrown out after its next chunk was scheduled."""
+    made = scheduler(
+        enable_prefix_caching=True,
+        num_pages=9,  # one is never used
+        scheduling_policy="priority",
+        long_prefill_token_threshold=2 * PAGE,
+    )
+    made.adaptive_long_prefill_threshold = False
+    made.max_num_scheduled_tokens = 3 * PAGE
+    add(made, "low", 7 * PAGE, priority=1)
+    step(made, {})
+    add(made, "high", PAGE)
+    step(made, {})
+    assert made.requests["low"].num_computed_tokens == 5 * PAGE
+    assert list(made.schedule().num_scheduled_tokens) == ["high"]
+    assert made.requests["low"].num_preemptions == 1
+    assert cached_pages(made) == 5
 
 
 def test_an_autoregressive_requests_pages() -> None:

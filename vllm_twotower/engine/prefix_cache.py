@@ -99,18 +99,16 @@ class FoundPages:
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, **options: Any
     ) -> KVCacheBlocks | None:
         """The manager's ``allocate_slots``."""
-        unread, is_admitted = self._unread(request), request.num_computed_tokens == 0
-        if not is_admitted:
-            self.cache(request)
-            request.num_in_flight_tokens += unread
         options["delay_cache_blocks"] = True
-        try:
+        unread = self._unread(request)
+        if request.num_computed_tokens == 0:
             blocks = self._allocate(request, num_new_tokens, num_new_computed_tokens, **options)
-        finally:
-            if not is_admitted:
-                request.num_in_flight_tokens -= unread
-        if is_admitted and blocks is not None:
-            self._manager.cache_blocks(
-                request, min(num_new_computed_tokens + num_new_tokens, request.num_tokens) - unread
-            )
+            if blocks is not None:
+                self._manager.cache_blocks(request, num_new_computed_tokens + num_new_tokens - unread)
+            return blocks
+        self.cache(request)
+        # The manager releases nothing that tokens in flight need.
+        request.num_in_flight_tokens += unread
+        blocks = self._allocate(request, num_new_tokens, num_new_computed_tokens, **options)
+        request.num_in_flight_tokens -= unread
         return blocks
