@@ -121,17 +121,16 @@ def traced(llm: LLM) -> Iterator[Trace]:
     trace, sampler, req_states = Trace(), runner(llm).sampler, runner(llm).req_states
     denoise, call = sampler._denoise, type(sampler).__call__
 
-    def record(plan, slots, logits, sampled, num_sampled):
-        table, blocks = sampler._table, plan.blocks
-        before, t, raw = blocks.canvas.clone(), plan.canvas.time.tolist(), logits.clone()
-        denoise(plan, slots, logits, sampled, num_sampled)
-        after, pending = table.canvas[blocks.slots], table.pending_tokens[blocks.slots]
-        lengths = plan.split.blocks.lengths.tolist()
-        for i, (slot, length, part) in enumerate(zip(blocks.slots.tolist(), lengths, raw.split(lengths), strict=True)):
-            converged = bool((after[i, :length] == table.engine.mask_token_id).all())
-            out = (pending if converged else after)[i, :length].tolist()
-            step = Step(t[i], tuple(before[i, :length].tolist()), tuple(out), part)
+    def record(blocks, logits, sampled, num_sampled):
+        strategies = sampler._table.strategies
+        before, t, raw = blocks.canvas.clone(), blocks.times(strategies).tolist(), logits.clone()
+        whole = denoise(blocks, logits, sampled, num_sampled)
+        slots, lengths = blocks.slots.tolist(), blocks.rows.lengths.tolist()
+        for i, (slot, length, part) in enumerate(zip(slots, lengths, raw.split(lengths), strict=True)):
+            after = tuple(blocks.canvas[i, :length].tolist())
+            step = Step(t[i], tuple(before[i, :length].tolist()), after, part)
             trace.steps[req_states.index_to_req_id[slot]].append(step)
+        return whole
 
     def count(logits, input_batch):
         split = runner(llm).model_state._plan.split

@@ -6,10 +6,12 @@ import argparse
 from collections.abc import Sequence
 
 from vllm_twotower import __version__, demo
+from vllm_twotower.planning import cli as planning
 from vllm_twotower.training import cli as training
 
 COMMANDS = {
     "demo": ("generate with the tiny model, by mask diffusion and token by token", demo),
+    "plan": ("predict speed and memory on given hardware", planning),
     "train": ("train a TwoTower from a YAML file", training),
 }
 

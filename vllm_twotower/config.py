@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 ADDITIONAL_CONFIG_KEY = "twotower"
-COMMIT_POLICIES = ("lazy", "separate")
-MODES = ("mask_diffusion", "ar", "mock_ar")
+COMMIT_POLICIES = ("lazy", "grouped", "separate")
+MODES = ("mask_diffusion", "ar", "mock_ar", "auto")
+AUTO_PASSES_PER_STEP = 8
+"""The most denoiser passes of a step with ``denoise_steps_per_engine_step: auto``: new requests wait for them."""
+FIRST_MODE = "twotower_first_mode"
+"""The key in a request's ``extra_args`` by which the scheduler tells the worker how an ``auto`` request starts."""
 DEFAULT_STRATEGY = "confidence_unmasking"
 
-Mode = Literal["mask_diffusion", "ar", "mock_ar"]
+Mode = Literal["mask_diffusion", "ar", "mock_ar", "auto"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,12 @@ class EngineOptions:
 
     ``canvas_length`` (S) tokens are denoised at once in at most ``max_denoising_steps`` passes; a request may ask for
     less. ``commit`` says when the context tower reads a finished block: ``lazy`` in the step that starts the next one
-    (the last block of a request is never read), ``separate`` in a step of its own, before the block is returned.
+    (the last block of a request is never read), ``grouped`` like it, but blocks wait for others, so that not every step
+    runs both towers, ``separate`` in a step of its own, before the block is returned.
+    ``mode`` is the default of ``diffusion_mode``; with ``auto`` the engine chooses between ``ar`` and
+    ``mask_diffusion`` block by block. ``denoise_steps_per_engine_step`` bounds the denoiser passes of one engine step;
+    ``auto`` goes on while no request waits for the step's end. Beside blocks, prompts may take as many tokens of a step
+    as those do, and at least ``prompt_tokens_beside_blocks``.
     ``request_metrics`` is the level of ``--per-request-spec-decode-metrics``.
     """
 
@@ -39,7 +48,10 @@ class EngineOptions:
     max_denoising_steps: int = DEFAULT_CANVAS_LENGTH
     confidence_threshold: float = 0.8
     mask_token_id: int = DEFAULT_MASK_TOKEN_ID
+    mode: Mode = "mask_diffusion"
     commit: str = "lazy"
+    denoise_steps_per_engine_step: int | Literal["auto"] = "auto"
+    prompt_tokens_beside_blocks: int = 64
     request_metrics: str = "none"
 
     @classmethod
@@ -51,11 +63,12 @@ class EngineOptions:
         mask_token_id: int | None,
         vocab_size: int,
         request_metrics: str = "none",
+        prompt_tokens_beside_blocks: int = 64,
     ) -> EngineOptions:
         """Builds the options from vLLM's configuration; raises ValueError naming the option, its value, and the rule.
 
         ``canvas_length`` and ``max_denoising_steps`` are those of ``--diffusion-config``, ``mask_token_id`` that of
-        the checkpoint's configuration.
+        the checkpoint's configuration, ``prompt_tokens_beside_blocks`` the device's default.
         """
         given = (additional_config or {}).get(ADDITIONAL_CONFIG_KEY, {})
         if not isinstance(given, Mapping):
@@ -65,9 +78,14 @@ class EngineOptions:
         checks: dict[str, Callable[[str, Any], Any]] = {
             "confidence_threshold": _threshold,
             "mask_token_id": lambda name, value: _integer(name, value, 0, vocab_size - 1),
+            "mode": lambda name, value: _choice(name, value, MODES),
             "commit": lambda name, value: _choice(name, value, COMMIT_POLICIES),
+            "denoise_steps_per_engine_step": _steps_or_auto,
+            "prompt_tokens_beside_blocks": lambda name, value: _integer(name, value, 1, None),
         }
-        chosen: dict[str, Any] = {} if mask_token_id is None else {"mask_token_id": mask_token_id}
+        chosen: dict[str, Any] = {"prompt_tokens_beside_blocks": prompt_tokens_beside_blocks}
+        if mask_token_id is not None:
+            chosen["mask_token_id"] = mask_token_id
         for name, value in given.items():
             if name not in checks:
                 raise ValueError(
@@ -77,7 +95,17 @@ class EngineOptions:
             chosen[name] = checks[name](f"additional_config['{ADDITIONAL_CONFIG_KEY}'].{name}", value)
         steps = canvas_length if max_denoising_steps is None else max_denoising_steps
         _integer("diffusion_config.max_denoising_steps", steps, 1, None)
-        return cls(canvas_length=canvas_length, max_denoising_steps=steps, request_metrics=request_metrics, **chosen)
+        options = cls(canvas_length=canvas_length, max_denoising_steps=steps, request_metrics=request_metrics, **chosen)
+        if options.mode == "auto":
+            options.check_auto(f"additional_config['{ADDITIONAL_CONFIG_KEY}'].mode")
+        return options
+
+    def check_auto(self, name: str) -> None:
+        """Raises RequestError for the option ``name``, whose value is ``auto``, where that cannot work."""
+        if self.commit == "separate":
+            raise RequestError(name, "auto", "is not supported with commit='separate'; use commit 'lazy' or 'grouped'")
+        if self.canvas_length == 1:
+            raise RequestError(name, "auto", "is not supported with a canvas length of 1")
 
     @classmethod
     def of(cls, model_config: ModelConfig) -> EngineOptions:
@@ -103,6 +131,20 @@ class RequestOptions:
     adaptive_unmasking: bool = False
     remasking: str = "confidence"
 
+    @property
+    def fills_blocks(self) -> bool:
+        """Whether the denoiser may fill blocks for the request."""
+        return self.mode in ("mask_diffusion", "auto")
+
+    @classmethod
+    def of(cls, params: SamplingParams, engine: EngineOptions) -> RequestOptions:
+        """The options of a request that was admitted; with a grammar ``auto`` means ``ar``."""
+        given = {name: value for name, value in (params.extra_args or {}).items() if name != FIRST_MODE}
+        options = cls.parse(given, engine)
+        if options.mode == "auto" and params.structured_outputs is not None:
+            return cls("ar", engine.confidence_threshold, 1, 1)
+        return options
+
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None, engine: EngineOptions) -> RequestOptions:
         """Reads ``extra_args``; raises RequestError naming the option, its value, and what is allowed.
@@ -120,15 +162,17 @@ class RequestOptions:
                 given[unknown[0]],
                 f"unknown option in extra_args; known are {', '.join(_REQUEST_OPTIONS)}",
             )
-        mode = _choice("diffusion_mode", given.pop("diffusion_mode", "mask_diffusion"), MODES)
-        if mode != "mask_diffusion":
+        mode = _choice("diffusion_mode", given.pop("diffusion_mode", engine.mode), MODES)
+        if mode == "auto":
+            engine.check_auto("diffusion_mode")
+        elif mode != "mask_diffusion":
             for name, value in given.items():
                 raise RequestError(name, value, f"has no meaning with diffusion_mode {mode!r}")
             return cls(mode, engine.confidence_threshold, 1, 1)
         checks: dict[str, Callable[[str, Any], Any]] = {
             "confidence_threshold": _threshold,
             "max_steps": lambda name, value: _integer(name, value, 1, engine.max_denoising_steps),
-            "canvas_length": lambda name, value: _integer(name, value, 1, engine.canvas_length),
+            "canvas_length": lambda name, value: _integer(name, value, 1 + (mode == "auto"), engine.canvas_length),
             "strategy": lambda name, value: _choice(name, value, tuple(strategies())),
             "noise_schedule": lambda name, value: _choice(name, value, tuple(NOISE_SCHEDULES)),
             "adaptive_unmasking": _flag,
@@ -176,6 +220,15 @@ def _integer(name: str, value: Any, low: int, high: int | None) -> int:
     return value
 
 
+def _steps_or_auto(name: str, value: Any) -> int | str:
+    if value == "auto":
+        return value
+    try:
+        return _integer(name, value, 1, None)
+    except RequestError:
+        raise RequestError(name, value, "must be 'auto' or an integer of at least 1") from None
+
+
 def _flag(name: str, value: Any) -> bool:
     """A boolean, or the 0 or 1 that vLLM's server makes of one."""
     if value not in (0, 1) or not isinstance(value, int | float):
@@ -213,7 +266,7 @@ def validate_sampling_params(params: SamplingParams, model_config: ModelConfig) 
         for name, modes, is_set, reason in _REFUSED:
             if options.mode in modes and is_set(params):
                 raise RequestError(name, getattr(params, name), reason)
-        if options.mode == "mask_diffusion" and set(params.allowed_token_ids or ()) == {engine.mask_token_id}:
+        if options.fills_blocks and set(params.allowed_token_ids or ()) == {engine.mask_token_id}:
             raise RequestError("allowed_token_ids", params.allowed_token_ids, "the mask token alone fills no block")
     except RequestError as error:
         raise VLLMValidationError(str(error), parameter=error.name, value=error.value) from None

@@ -129,22 +129,30 @@ class Counted:
 def counted(llm: LLM) -> Iterator[Counted]:
     """Reads the metrics before and after, and the plan of every step in between."""
     state, before = runner(llm).model_state, figures(llm)
-    prepare, result = state.prepare_attn, Counted({}, Counter())
+    prepare, again, result = state.prepare_attn, state.denoise_again, Counted({}, Counter())
+
+    def denoised(rows: Any) -> None:
+        result.ran["denoiser passes"] += len(rows)
+        result.ran["canvas positions"] += rows.num_tokens
 
     def record(input_batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         metadata = prepare(input_batch, *args, **kwargs)
         split = state._plan.split
         result.ran["context passes"] += len(split.context)
-        result.ran["denoiser passes"] += len(split.blocks)
-        result.ran["canvas positions"] += int(split.blocks.lengths.sum())
+        denoised(split.blocks)
         result.ran["idle rows"] += input_batch.num_reqs - len({*split.context.batch_rows, *split.canvas.batch_rows})
         return metadata
 
-    state.prepare_attn = record
+    def record_again(blocks: Any, changed: bool) -> Any:
+        denoised(blocks.rows)
+        result.ran["further passes"] += len(blocks)
+        return again(blocks, changed)
+
+    state.prepare_attn, state.denoise_again = record, record_again
     try:
         yield result
     finally:
-        del state.prepare_attn
+        del state.prepare_attn, state.denoise_again
     result.grew = {name: value - before[name] for name, value in figures(llm).items()}
 
 
@@ -203,11 +211,12 @@ def test_batch(served: Served) -> None:
     count.check_worker()
 
 
-def test_partial_canvases(served: Served) -> None:
+def test_long_prompts(served: Served) -> None:
+    """They leave room for every canvas, and a block is never scheduled in part."""
     tasks = [Task(random_prompt(length), 40) for length in (400, 17, 9, 300, 1, 2)]
     with counted(served.llm) as count:
         outputs = run(served.llm, tasks)
-    assert count.ran["idle rows"] > 0
+    assert count.ran["idle rows"] == 0
     count.check_blocks(tasks)
     count.check_passes(tasks)
     count.check_worker()

@@ -24,12 +24,14 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
 
-from vllm_twotower.config import MODES, RequestOptions
+from vllm_twotower.config import RequestOptions
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "requests.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 PROMPT = [5, 60, 7, 200, 31]
 BLOCKS, AUTOREGRESSIVE = ("mask_diffusion",), ("ar", "mock_ar")
+MODES = BLOCKS + AUTOREGRESSIVE
+"""Not ``auto``, whose requests go through these modes."""
 
 
 @dataclass

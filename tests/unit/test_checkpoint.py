@@ -14,44 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_twotower.checkpoint import CheckpointError, TwoTowerConfig, WeightCheck, read_tensors, tensor_shapes
+from vllm_twotower.planning.released import RELEASED_CONFIG
 from vllm_twotower.reference import TwoTowerModel
-
-RELEASED = {
-    "architectures": ["NemotronHTwoTowerForCausalLM"],
-    "model_type": "nemotron_h",
-    "torch_dtype": "bfloat16",
-    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    "num_hidden_layers": 52,
-    "hidden_size": 2688,
-    "vocab_size": 131072,
-    "tie_word_embeddings": False,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "mamba_num_heads": 64,
-    "mamba_head_dim": 64,
-    "ssm_state_size": 128,
-    "n_groups": 8,
-    "conv_kernel": 4,
-    "chunk_size": 128,
-    "use_conv_bias": True,
-    "n_routed_experts": 128,
-    "num_experts_per_tok": 6,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 1856,
-    "moe_shared_expert_intermediate_size": 3712,
-    "n_group": 1,
-    "topk_group": 1,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "mlp_hidden_act": "relu2",
-    "intermediate_size": 1856,
-    "layer_norm_epsilon": 1e-5,
-    "max_position_embeddings": 262144,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 
 
 @pytest.mark.parametrize("name", golden_data.CHECKPOINTS)
@@ -62,7 +26,7 @@ def test_layout_is_that_of_the_checkpoints(name: str) -> None:
 
 
 def test_released_model_has_31_6_billion_parameters_a_tower() -> None:
-    shapes = tensor_shapes(TwoTowerConfig.from_dict(RELEASED))
+    shapes = tensor_shapes(TwoTowerConfig.from_dict(RELEASED_CONFIG))
     for tower, head in (("context_tower.", "context_lm_head."), ("denoiser_tower.", "lm_head.")):
         count = sum(prod(shape) for name, shape in shapes.items() if name.startswith((tower, head)))
         assert round(count / 1e9, 3) == 31.578
@@ -79,7 +43,7 @@ def released_vllm_config(tmp_path: Path) -> Iterator[object]:
         init_distributed_environment,
     )
 
-    (tmp_path / "config.json").write_text(json.dumps(RELEASED))
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED_CONFIG))
     config = vllm.EngineArgs(model=str(tmp_path), skip_tokenizer_init=True, max_model_len=4096).create_engine_config()
     with set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{tmp_path}/store", 0, "gloo")
@@ -146,4 +110,4 @@ def test_sharded_checkpoint(tmp_path: Path) -> None:
 )
 def test_a_wrong_configuration_is_named(field: str, value: object, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        TwoTowerConfig.from_dict({**RELEASED, field: value})
+        TwoTowerConfig.from_dict({**RELEASED_CONFIG, field: value})

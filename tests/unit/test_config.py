@@ -26,15 +26,18 @@ def model_config(engine: EngineOptions = ENGINE) -> SimpleNamespace:
 
 
 def test_defaults() -> None:
-    assert resolve() == EngineOptions(16, 16, 0.8, 3, "lazy")
+    assert resolve() == EngineOptions(16, 16, 0.8, 3, "mask_diffusion", "lazy", "auto", 64)
     assert RequestOptions.parse(None, ENGINE) == RequestOptions(
         "mask_diffusion", 0.8, 16, 16, "confidence_unmasking", "linear", False, "confidence"
     )
 
 
 def test_engine_options_are_taken() -> None:
-    given = {"twotower": {"confidence_threshold": 0.5, "mask_token_id": 7, "commit": "separate"}}
-    assert resolve(given, 32, 8) == EngineOptions(32, 8, 0.5, 7, "separate")
+    own = {"mode": "ar", "commit": "separate", "denoise_steps_per_engine_step": 4, "prompt_tokens_beside_blocks": 100}
+    given = {"twotower": {"confidence_threshold": 0.5, "mask_token_id": 7, **own}}
+    assert resolve(given, 32, 8) == EngineOptions(32, 8, 0.5, 7, "ar", "separate", 4, 100)
+    assert RequestOptions.parse(None, resolve(given)).mode == "ar"
+    assert resolve({"twotower": {"denoise_steps_per_engine_step": "auto"}}).denoise_steps_per_engine_step == "auto"
     assert EngineOptions.resolve(None, 16, None, 9, 320).mask_token_id == 9  # the checkpoint's own
     assert EngineOptions.of(model_config(resolve(given))) == resolve(given)
 
@@ -48,6 +51,11 @@ def test_engine_options_are_taken() -> None:
         ({"mask_token_id": 320}, ("mask_token_id", "320", "319")),
         ({"mask_token_id": "3"}, ("mask_token_id", "'3'")),
         ({"commit": "eager"}, ("commit", "eager", "lazy", "separate")),
+        ({"mode": "diffusion"}, ("mode", "'diffusion'", "mask_diffusion")),
+        ({"mode": "auto", "commit": "separate"}, ("mode", "'auto'", "separate", "lazy")),
+        ({"denoise_steps_per_engine_step": 0}, ("denoise_steps_per_engine_step", "0", "auto", "at least 1")),
+        ({"denoise_steps_per_engine_step": "all"}, ("denoise_steps_per_engine_step", "'all'", "auto")),
+        ({"prompt_tokens_beside_blocks": 0}, ("prompt_tokens_beside_blocks", "0", "at least 1")),
         ([1], ("twotower", "[1]")),
     ],
 )

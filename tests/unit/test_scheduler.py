@@ -28,7 +28,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingProm
 from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_twotower
-from vllm_twotower.engine.metrics import HELP, STEPS_PER_BLOCK, RequestDenoisingMetrics, StepCosts, TwoTowerProm
+from vllm_twotower.engine.metrics import GAUGES, HELP, STEPS_PER_BLOCK, RequestDenoisingMetrics, StepCosts, TwoTowerProm
 from vllm_twotower.engine.prefix_cache import check_page_size
 from vllm_twotower.engine.scheduler import TwoTowerScheduler
 from vllm_twotower.engine.vllm_config import SCHEDULER_CLS
@@ -118,9 +118,10 @@ def step(
     sampled: dict[str, int],
     scores: dict[str, LogprobsTensors] | None = None,
     token_scores: dict[str, torch.Tensor] | None = None,
+    passes: dict[str, int] | None = None,
     abort_meanwhile: str | None = None,
 ) -> dict[str, EngineCoreOutput]:
-    """One step in which requests sample so many tokens, and the worker returns prompt scores of some."""
+    """One step in which requests sample so many tokens, and the worker returns prompt scores and passes of some."""
     scheduled = made.schedule()
     names = list(scheduled.num_scheduled_tokens)
     if abort_meanwhile is not None:
@@ -133,6 +134,7 @@ def step(
             sampled_token_ids=[[9] * sampled.get(name, 0) for name in names],
             prompt_logprobs_dict=dict(scores or {}),
             prompt_token_id_logprobs_dict=dict(token_scores or {}),
+            num_nans_in_logits=dict(passes or {}),
         ),
     )
     made.update_draft_token_ids(DraftTokenIds(names, [[3] * WIDTH for _ in names]))
@@ -197,18 +199,38 @@ def test_preempted_passes_are_in_no_block(lazy: TwoTowerScheduler) -> None:
         return stats
 
     lazy.make_stats = record
-    for sampled in (0, 0, 0, 0):
-        step(lazy, {"a": sampled})
+    first, again, whole = {"a": 3}, {"a": 2}, {"a": 4}  # context and denoiser; denoiser once; twice
+    for passes in (first, again, again):
+        step(lazy, {}, passes=passes)
     lazy.reset_prefix_cache(reset_running_requests=True)
-    for sampled in (0, 0, WIDTH):
-        step(lazy, {"a": sampled})
+    step(lazy, {}, passes=first)
+    step(lazy, {"a": WIDTH}, passes=again)
     lazy.reset_prefix_cache(reset_running_requests=True)
-    step(lazy, {})
-    output = step(lazy, {"a": WIDTH})["a"]
-    assert [costs.context_passes for costs in sent] == [1, 0, 0, 0, 1, 0, 0, 1, 0]
-    assert [costs.denoiser_passes for costs in sent] == [0, 1, 1, 1, 0, 1, 1, 0, 1]
-    assert [costs.steps_per_block for costs in sent if costs.steps_per_block] == [[2], [1]]
-    assert output.spec_decode_metrics.histogram == [4] + [0] * (WIDTH - 1) + [2]
+    step(lazy, {}, passes={"a": 1})
+    output = step(lazy, {"a": WIDTH}, passes=whole)["a"]
+    assert [costs.context_passes for costs in sent] == [1, 0, 0, 1, 0, 1, 0]
+    assert [costs.denoiser_passes for costs in sent] == [1, 1, 1, 1, 1, 0, 2]
+    assert [costs.steps_per_block for costs in sent if costs.steps_per_block] == [[2], [2]]
+    assert output.spec_decode_metrics.histogram == [5] + [0] * (WIDTH - 1) + [2]
+
+
+def test_a_block_may_be_whole_in_the_prompts_last_step(lazy: TwoTowerScheduler) -> None:
+    """It lies in pages reserved beyond the prompt, and counts as computed like any other block."""
+    add(lazy, "a", 5, max_tokens=2 * WIDTH)
+    output = step(lazy, {"a": WIDTH}, passes={"a": 3})["a"]
+    assert len(output.new_token_ids) == WIDTH
+    assert lazy.requests["a"].num_computed_tokens == 5 + WIDTH
+    assert lazy.schedule().num_scheduled_tokens == {"a": WIDTH}
+
+
+def test_blocks_are_scheduled_before_prompts() -> None:
+    """A prompt in chunks came first, but the canvas behind it is whole, and the prompt has as many tokens."""
+    beside = {"twotower": {"prompt_tokens_beside_blocks": 9}}
+    made = scheduler(long_prefill_token_threshold=20, additional_config=beside)
+    add(made, "long", 100)
+    add(made, "short", 3)
+    step(made, {})
+    assert made.schedule().num_scheduled_tokens == {"long": 16, "short": WIDTH}
 
 
 def test_autoregressive_requests_have_no_drafts(lazy: TwoTowerScheduler) -> None:
@@ -234,7 +256,7 @@ def test_pages_are_cached_once_they_were_read(commit: str) -> None:
     add(made, "a", PAGE + 4, max_tokens=4 * WIDTH)
     pages = []
     for sampled in (0, 0, WIDTH, 0, WIDTH, WIDTH, WIDTH):
-        step(made, {"a": sampled})
+        step(made, {"a": sampled}, passes={"a": 3})
         pages.append(cached_pages(made))
     assert pages == ([1, 1, 1, 1, 2, 2, 4] if commit == "lazy" else [1, 1, 1, 2, 2, 3, 5])
 
@@ -262,15 +284,15 @@ def test_a_chunk_preempted_in_its_step_is_not_cached() -> None:
     """With priorities a request can be thrown out after its next chunk was scheduled."""
     made = scheduler(
         enable_prefix_caching=True,
-        num_pages=9,  # one is never used
+        num_pages=11,  # one is never used
         scheduling_policy="priority",
         long_prefill_token_threshold=2 * PAGE,
     )
     made.adaptive_long_prefill_threshold = False
-    made.max_num_scheduled_tokens = 3 * PAGE
+    made._step_budget = 3 * PAGE
     add(made, "low", 7 * PAGE, priority=1)
     step(made, {})
-    add(made, "high", PAGE)
+    add(made, "high", 3 * PAGE)
     step(made, {})
     assert made.requests["low"].num_computed_tokens == 5 * PAGE
     assert list(made.schedule().num_scheduled_tokens) == ["high"]
@@ -299,7 +321,7 @@ def test_pages_hold_two_canvases() -> None:
         check_page_size(cache, 16)
 
 
-COSTS = StepCosts(3, 40, 32, 5, 1, [2, 16])
+COSTS = StepCosts(3, 40, 32, 5, 1, 4, 7, 1, 250, 125, [2, 16])
 
 
 def test_costs_travel_to_the_front_end() -> None:
@@ -332,9 +354,10 @@ def test_prometheus_keeps_engines_apart() -> None:
         made = TwoTowerProm(None, ["model_name", "engine"], {i: ["m", str(i)] for i in range(2)}, is_diffusion=True)
         made.observe(COSTS.pack(WIDTH), engine_idx=1)
         made.observe(COSTS.pack(WIDTH), engine_idx=1)
-        counters = [name for name in HELP if name != STEPS_PER_BLOCK]
-        assert [sample(f"{name}_total", 0) for name in counters] == [0, 0, 0]
-        assert [sample(f"{name}_total", 1) for name in counters] == [10, 4, 2]
+        counters = [name for name in HELP if name != STEPS_PER_BLOCK and name not in GAUGES]
+        assert [sample(f"{name}_total", 0) for name in counters] == [0] * 6
+        assert [sample(f"{name}_total", 1) for name in counters] == [10, 4, 2, 8, 14, 2]
+        assert [sample(name, 1) for name in GAUGES] == [250e-6, 125e-6]
         assert sample(f"{STEPS_PER_BLOCK}_sum", 1) == 36
         assert sample("vllm:diffusion_num_committed_tokens_total", 1) == 64
     unregister_vllm_metrics()

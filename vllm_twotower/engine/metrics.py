@@ -17,13 +17,24 @@ CONTEXT_PASSES = "vllm:twotower_num_context_passes"
 BLOCKS = "vllm:twotower_num_blocks"
 FORCED_BLOCKS = "vllm:twotower_num_forced_blocks"
 STEPS_PER_BLOCK = "vllm:twotower_denoising_steps_per_block"
+AUTO_AR_CHOICES = "vllm:twotower_num_auto_ar_choices"
+AUTO_DIFFUSION_CHOICES = "vllm:twotower_num_auto_diffusion_choices"
+AUTO_MODE_CHANGES = "vllm:twotower_num_auto_mode_changes"
+AUTO_AR_SECONDS = "vllm:twotower_auto_predicted_ar_seconds"
+AUTO_DIFFUSION_SECONDS = "vllm:twotower_auto_predicted_diffusion_seconds"
 
 HELP = {
     CONTEXT_PASSES: "Number of rows the context tower ran: prompt chunks, finished blocks and autoregressive tokens.",
     BLOCKS: "Number of finished blocks.",
     FORCED_BLOCKS: "Number of finished blocks that took all the denoising steps their request allows.",
     STEPS_PER_BLOCK: "Histogram of denoising steps per finished block.",
+    AUTO_AR_CHOICES: "Number of blocks that requests with diffusion_mode 'auto' started token by token.",
+    AUTO_DIFFUSION_CHOICES: "Number of blocks that requests with diffusion_mode 'auto' started by mask diffusion.",
+    AUTO_MODE_CHANGES: "Number of times that diffusion_mode 'auto' went from one mode to the other.",
+    AUTO_AR_SECONDS: "Predicted seconds for a block of every open request token by token, at the last choice.",
+    AUTO_DIFFUSION_SECONDS: "Predicted seconds for a block of every open request by diffusion, at the last choice.",
 }
+GAUGES = (AUTO_AR_SECONDS, AUTO_DIFFUSION_SECONDS)
 STEPS_BUCKETS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64]
 
 
@@ -33,7 +44,9 @@ class StepCosts:
 
     A pass is one tower's run over one row. ``denoiser_passes`` looked at ``canvas_positions`` positions;
     ``steps_per_block`` has the denoiser passes of each block that was finished, ``forced_blocks`` counts those that
-    took all that their request allows, and ``committed_tokens`` are the tokens of all of them.
+    took all that their request allows, and ``committed_tokens`` are the tokens of all of them. ``auto`` requests chose
+    their mode for ``auto_ar`` and ``auto_diffusion`` blocks, and the mode changed ``auto_changes`` times;
+    ``auto_ar_us`` and ``auto_diffusion_us`` are the predicted microseconds of the last choice, 0 without one.
     """
 
     denoiser_passes: int = 0
@@ -41,13 +54,18 @@ class StepCosts:
     committed_tokens: int = 0
     context_passes: int = 0
     forced_blocks: int = 0
+    auto_ar: int = 0
+    auto_diffusion: int = 0
+    auto_changes: int = 0
+    auto_ar_us: int = 0
+    auto_diffusion_us: int = 0
     steps_per_block: list[int] = field(default_factory=list)
 
     def pack(self, num_spec_tokens: int) -> SpecDecodingStats | None:
         """The costs in the form that reaches the front end, ``None`` if there are none.
 
         vLLM decodes its statistics strictly, but leaves the list of accepted tokens by position to diffusion models:
-        here it holds context passes, forced blocks, and then the denoiser passes of each finished block.
+        here it holds the fields of ``_IN_LIST``, and then the denoiser passes of each finished block.
         """
         if self == StepCosts():
             return None
@@ -56,21 +74,31 @@ class StepCosts:
             num_drafts=self.denoiser_passes,
             num_draft_tokens=self.canvas_positions,
             num_accepted_tokens=self.committed_tokens,
-            num_accepted_tokens_per_pos=[self.context_passes, self.forced_blocks, *self.steps_per_block],
+            num_accepted_tokens_per_pos=[*(getattr(self, name) for name in _IN_LIST), *self.steps_per_block],
         )
 
     @classmethod
     def unpack(cls, stats: SpecDecodingStats) -> StepCosts:
         """The reverse of :meth:`pack`."""
-        context_passes, forced_blocks, *steps_per_block = stats.num_accepted_tokens_per_pos
+        values = stats.num_accepted_tokens_per_pos
         return cls(
             denoiser_passes=stats.num_drafts,
             canvas_positions=stats.num_draft_tokens,
             committed_tokens=stats.num_accepted_tokens,
-            context_passes=context_passes,
-            forced_blocks=forced_blocks,
-            steps_per_block=steps_per_block,
+            steps_per_block=values[len(_IN_LIST) :],
+            **dict(zip(_IN_LIST, values, strict=False)),
         )
+
+
+_IN_LIST = (
+    "context_passes",
+    "forced_blocks",
+    "auto_ar",
+    "auto_diffusion",
+    "auto_changes",
+    "auto_ar_us",
+    "auto_diffusion_us",
+)
 
 
 class RequestDenoisingMetrics(RequestSpecDecodeMetrics):
@@ -111,6 +139,8 @@ class TwoTowerProm(SpecDecodingProm):
             name: create_metric_per_engine(
                 self._histogram_cls(name=name, documentation=text, labelnames=labelnames, buckets=STEPS_BUCKETS)
                 if name == STEPS_PER_BLOCK
+                else prometheus_client.Gauge(name, text, labelnames, multiprocess_mode="mostrecent")
+                if name in GAUGES
                 else self._counter_cls(name=name, documentation=text, labelnames=labelnames),
                 per_engine_labelvalues,
             )
@@ -124,5 +154,11 @@ class TwoTowerProm(SpecDecodingProm):
         self._metrics[CONTEXT_PASSES][engine_idx].inc(costs.context_passes)
         self._metrics[BLOCKS][engine_idx].inc(len(costs.steps_per_block))
         self._metrics[FORCED_BLOCKS][engine_idx].inc(costs.forced_blocks)
+        self._metrics[AUTO_AR_CHOICES][engine_idx].inc(costs.auto_ar)
+        self._metrics[AUTO_DIFFUSION_CHOICES][engine_idx].inc(costs.auto_diffusion)
+        self._metrics[AUTO_MODE_CHANGES][engine_idx].inc(costs.auto_changes)
+        if costs.auto_ar_us:
+            self._metrics[AUTO_AR_SECONDS][engine_idx].set(costs.auto_ar_us * 1e-6)
+            self._metrics[AUTO_DIFFUSION_SECONDS][engine_idx].set(costs.auto_diffusion_us * 1e-6)
         for steps in costs.steps_per_block:
             self._metrics[STEPS_PER_BLOCK][engine_idx].observe(steps)

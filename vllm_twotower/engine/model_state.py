@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.forward_context import set_forward_context
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
@@ -22,12 +24,14 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_twotower.config import EngineOptions
-from vllm_twotower.model.denoiser import DENOISER_PREFIX
+from vllm_twotower.model.denoiser import DENOISER_PREFIX, CanvasRows
 
+from .blocks import Blocks
 from .prefix_cache import commit_interval, move_states, state_block_size, state_column
 from .request_table import RequestTable
 from .sampler import TwoTowerSampler
-from .step_plan import StepPlan, TowerRows, block_inputs, canvas_inputs, context_inputs, page_slots, split_rows
+from .staging import Staging
+from .step_plan import StepPlan, TowerRows, canvas_inputs, canvas_rows, context_inputs, page_slots, split_rows
 
 
 class TwoTowerModelState(ModelState):
@@ -41,12 +45,14 @@ class TwoTowerModelState(ModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.options = EngineOptions.of(self.model_config)
         self.table = RequestTable(self.max_num_reqs, self.options, self.model_config.get_vocab_size(), device)
+        self.staging = Staging(device)
         self._plan: StepPlan | None = None
 
     def custom_sampler(self, sampler: Sampler) -> tuple[TwoTowerSampler, None]:
-        return TwoTowerSampler(sampler, self.table, self._take_plan, self.model_config.logprobs_mode), None
+        return TwoTowerSampler(sampler, self, self.model_config.logprobs_mode), None
 
-    def _take_plan(self) -> StepPlan | None:
+    def take_plan(self) -> StepPlan | None:
+        """The plan of this step, once; none while memory is profiled."""
         plan, self._plan = self._plan, None
         return plan
 
@@ -55,11 +61,12 @@ class TwoTowerModelState(ModelState):
         self._block_sizes = block_tables.block_sizes
         self._state_block_size = state_block_size(kv_cache_config, self.max_model_len)
         self._commit_interval = commit_interval(kv_cache_config, self.max_model_len)
+        groups = enumerate(kv_cache_config.kv_cache_groups)
+        self._mamba_groups = {group_id for group_id, group in groups if isinstance(group.kv_cache_spec, MambaSpec)}
         self._mamba_layers = {
             layer_name: group_id
-            for group_id, group in enumerate(kv_cache_config.kv_cache_groups)
-            if isinstance(group.kv_cache_spec, MambaSpec)
-            for layer_name in group.layer_names
+            for group_id in self._mamba_groups
+            for layer_name in kv_cache_config.kv_cache_groups[group_id].layer_names
         }
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
@@ -87,44 +94,72 @@ class TwoTowerModelState(ModelState):
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
         """Plans the step and builds each tower's attention metadata on its own rows; keyed by layer name."""
-        num_reqs = input_batch.num_reqs
+        num_reqs, table, staging = input_batch.num_reqs, self.table, self.staging
         slots = input_batch.idx_mapping_np[:num_reqs]
         query_start = input_batch.query_start_loc_np[:num_reqs]
+        staging.begin()
         split = split_rows(
             slots,
             input_batch.num_scheduled_tokens[:num_reqs],
             input_batch.num_computed_tokens_np[:num_reqs],
             input_batch.prefill_len_np[:num_reqs],
             query_start,
-            self.table,
+            table,
             self.max_model_len,
-            self.options.commit == "lazy",
             self._commit_interval,
         )
-        context_tables, canvas_tables = (self._rows_of(block_tables, rows) for rows in (split.context, split.canvas))
-        self._move_states(split.context, context_tables)
-        state_indices = self._state_indices(split.canvas, canvas_tables)
         input_ids = input_batch.input_ids[: input_batch.num_tokens]
-        blocks = block_inputs(split, self.table, slots)
-        self._plan = StepPlan(
-            split,
-            context_inputs(split, self.table, slots, query_start, input_ids),
-            canvas_inputs(split, self.table, blocks, input_ids, state_indices),
-            blocks,
-        )
+        blocks = Blocks(split.blocks, slots[split.blocks.batch_rows], table, staging) if len(split.blocks) else None
+        context = context_inputs(split, table, slots, query_start, input_ids, staging)
+        self._plan = plan = StepPlan(split, context, None, blocks)
         metadata: dict[str, Any] = {}
-        for rows, tables, of_denoiser in (
-            (split.context, context_tables, False),
-            (split.canvas, canvas_tables, True),
-        ):
-            if len(rows):
-                groups = [[g for g in groups if _is_denoiser(g) == of_denoiser] for groups in attn_groups]
-                metadata.update(self._tower_metadata(rows, tables, groups, kv_cache_config))
+        if len(split.context):
+            groups = [[group for group in groups if not _is_denoiser(group)] for groups in attn_groups]
+            tables = self._rows_of(block_tables, split.context, num_reqs)
+            self._move_states(split.context, tables)
+            metadata |= self._tower_metadata(split.context, tables, groups, kv_cache_config, plan.slot_mapping)
+        if len(split.canvas):
+            self._denoiser = _Denoiser(
+                [[group for group in groups if _is_denoiser(group)] for groups in attn_groups],
+                kv_cache_config,
+                block_tables,
+                num_reqs,
+            )
+            rows = self._prepare_denoiser(split.canvas, len(split.mock_ar))
+            plan.canvas = canvas_inputs(rows, blocks, split.mock_ar, table, input_ids, staging)
+            plan.slot_mapping |= self._denoiser.slot_mapping
+            metadata |= self._denoiser.metadata
         return metadata
 
-    @staticmethod
-    def _rows_of(block_tables: tuple[torch.Tensor, ...], rows: TowerRows) -> list[torch.Tensor]:
-        index = async_tensor_h2d(rows.batch_rows, device=block_tables[0].device)
+    def denoise_again(self, blocks: Blocks, changed: bool) -> torch.Tensor:
+        """Another pass over canvases in the same step; ``changed`` if they are not all the rows of the pass before.
+
+        Returns hidden states (T, H).
+        """
+        if changed:
+            self._prepare_denoiser(blocks.rows, 0)
+        step = self._denoiser
+        with set_forward_context(
+            step.metadata, self.vllm_config, num_tokens=blocks.rows.num_tokens, slot_mapping=step.slot_mapping
+        ):
+            return self.model.denoise(blocks.input_ids, step.rows, blocks.times(self.table.strategies))
+
+    def _prepare_denoiser(self, rows: TowerRows, num_mock_ar: int) -> CanvasRows:
+        """The denoiser's metadata for rows of this step, kept until they change."""
+        step = self._denoiser
+        tables = self._rows_of(step.block_tables, rows, step.num_reqs)
+        state_indices = self._state_indices(rows, tables)
+        step.rows = canvas_rows(rows, num_mock_ar, state_indices, self.staging)
+        step.slot_mapping = {}
+        step.metadata = self._tower_metadata(rows, tables, step.groups, step.kv_cache_config, step.slot_mapping)
+        return step.rows
+
+    def _rows_of(self, block_tables: Sequence[torch.Tensor], rows: TowerRows, num_reqs: int) -> list[torch.Tensor]:
+        """The block tables' rows that belong to a tower's; ``num_reqs`` is the number of vLLM's rows."""
+        if len(rows) == num_reqs and (rows.batch_rows == np.arange(num_reqs)).all():
+            return [table[:num_reqs] for table in block_tables]
+        index = self.staging.put(rows.batch_rows)
+        self.staging.send()
         return [table[index] for table in block_tables]
 
     def _move_states(self, rows: TowerRows, block_tables: list[torch.Tensor]) -> None:
@@ -138,8 +173,9 @@ class TwoTowerModelState(ModelState):
 
     def _state_indices(self, rows: TowerRows, block_tables: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The slot (rows,) of the state before each row, by context layer."""
-        columns = async_tensor_h2d(state_column(rows.starts, self._state_block_size), device=self.device)[:, None]
-        of_group = {group: block_tables[group].gather(1, columns)[:, 0] for group in set(self._mamba_layers.values())}
+        columns = self.staging.put(state_column(rows.starts, self._state_block_size))
+        self.staging.send()
+        of_group = {group: block_tables[group].gather(1, columns[:, None])[:, 0] for group in self._mamba_groups}
         return {name: of_group[group] for name, group in self._mamba_layers.items()}
 
     def _tower_metadata(
@@ -148,19 +184,24 @@ class TwoTowerModelState(ModelState):
         block_tables: list[torch.Tensor],
         groups: list[list[AttentionGroup]],
         kv_cache_config: KVCacheConfig,
+        slot_mapping: dict[str, torch.Tensor],
     ) -> dict[str, Any]:
         """Attention metadata of one tower, by layer name; also notes where its keys and values go."""
-        slot_mappings = page_slots(rows, block_tables, self._block_sizes)
+        positions = rows.spread(rows.starts)
+        slot_mappings: list[torch.Tensor | None] = [None] * len(groups)
+        for group_id, layers in enumerate(groups):
+            if layers and group_id not in self._mamba_groups:
+                slot_mappings[group_id] = page_slots(
+                    rows, positions, block_tables[group_id], self._block_sizes[group_id], self.staging
+                )
+                for group in layers:
+                    slot_mapping.update(dict.fromkeys(group.layer_names, slot_mappings[group_id]))
         query_start_loc = torch.from_numpy(rows.query_start_loc)
         seq_lens = torch.from_numpy(rows.seq_lens.astype(np.int32))
-        for group_id, layers in enumerate(groups):
-            for group in layers:
-                self._plan.slot_mapping.update(dict.fromkeys(group.layer_names, slot_mappings[group_id]))
-        of_denoiser = any(_is_denoiser(group) for layers in groups for group in layers)
         return build_attn_metadata(
             attn_groups=groups,
             num_reqs=len(rows),
-            num_tokens=int(rows.lengths.sum()),
+            num_tokens=rows.num_tokens,
             query_start_loc_gpu=query_start_loc.to(self.device, non_blocking=True),
             query_start_loc_cpu=query_start_loc,
             max_query_len=int(rows.lengths.max()),
@@ -171,8 +212,21 @@ class TwoTowerModelState(ModelState):
             kv_cache_config=kv_cache_config,
             seq_lens_cpu_upper_bound=seq_lens,
             is_prefilling=torch.ones(len(rows), dtype=torch.bool),
-            causal=not of_denoiser,
+            causal=not any(_is_denoiser(group) for layers in groups for group in layers),
         )
+
+
+@dataclass
+class _Denoiser:
+    """What further passes of a step need: the denoiser's part of vLLM's structures, and its rows and metadata."""
+
+    groups: list[list[AttentionGroup]]
+    kv_cache_config: KVCacheConfig
+    block_tables: Sequence[torch.Tensor]
+    num_reqs: int
+    rows: CanvasRows | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    slot_mapping: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def _is_denoiser(group: AttentionGroup) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from vllm.sampling_params import SamplingParams
 
-from vllm_twotower.config import EngineOptions, RequestOptions
+from vllm_twotower.config import FIRST_MODE, EngineOptions, RequestOptions
 from vllm_twotower.sampling.row_options import RowOptions
 from vllm_twotower.sampling.strategies import NOISE_SCHEDULES, REMASKING_SCORES, strategies
 
@@ -30,8 +30,9 @@ class RequestTable:
 
     NumPy arrays hold what decides which rows a step runs; tensors on ``device`` hold what the sampler computes with.
     ``pending`` counts the tokens in ``pending_tokens`` that the context tower must read next: a finished block, the
-    newest token of an ``ar`` request, the token before the newest of a ``mock_ar`` one. ``read`` tokens before these
-    were read in the step before, up to where a state is cached.
+    newest token of an ``ar`` request, the token before the newest of a ``mock_ar`` one. An ``auto`` request may have
+    either of the first two. ``read`` tokens before the pending ones were read in the step before, up to where a state
+    is cached.
     """
 
     def __init__(self, max_num_reqs: int, engine: EngineOptions, vocab_size: int, device: torch.device):
@@ -45,6 +46,8 @@ class RequestTable:
         self.read = np.zeros(max_num_reqs, dtype=np.int64)
         self.is_ar = np.zeros(max_num_reqs, dtype=bool)
         self.is_mock_ar = np.zeros(max_num_reqs, dtype=bool)
+        self.is_auto = np.zeros(max_num_reqs, dtype=bool)
+        self.starts_with_ar = np.zeros(max_num_reqs, dtype=bool)
         self.is_random = np.zeros(max_num_reqs, dtype=bool)
         self.is_filtered = np.zeros(max_num_reqs, dtype=bool)
         self.scores_prompt = np.zeros(max_num_reqs, dtype=bool)
@@ -71,11 +74,13 @@ class RequestTable:
         Without a seed the request's unique id is one: every tensor-parallel rank draws the same tokens, and a
         preempted request goes on as it began.
         """
-        options = RequestOptions.parse(params.extra_args, self.engine)
+        options = RequestOptions.of(params, self.engine)
         self.width[slot] = options.canvas_length
         self.pending[slot] = self.read[slot] = 0
         self.is_ar[slot] = options.mode == "ar"
         self.is_mock_ar[slot] = options.mode == "mock_ar"
+        self.is_auto[slot] = options.mode == "auto"
+        self.starts_with_ar[slot] = self.is_auto[slot] and params.extra_args.get(FIRST_MODE) == "ar"
         self.is_random[slot] = params.temperature > 0
         self.is_filtered[slot] = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
         self.scores_prompt[slot] = params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None

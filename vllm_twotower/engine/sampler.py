@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
+from vllm_twotower.config import AUTO_PASSES_PER_STEP
 from vllm_twotower.model.step_logits import StepLogits
 from vllm_twotower.sampling.prediction import (
     draw,
@@ -27,36 +30,45 @@ from vllm_twotower.sampling.row_options import RowOptions
 from vllm_twotower.sampling.strategies import Commit, DenoiserPass
 from vllm_twotower.sampling.uniform import uniform
 
+from .blocks import Blocks
 from .logit_rules import UNDECIDED, Text
 from .request_table import RequestTable
-from .step_plan import BlockInputs, StepPlan, TowerRows
+from .staging import Staging
+from .step_plan import StepPlan, TowerRows
 from .token_logprobs import collect
 
 
+class PassSource(Protocol):
+    """Where the sampler gets a step's plan and further passes from: the model state."""
+
+    table: RequestTable
+    staging: Staging
+
+    def take_plan(self) -> StepPlan | None: ...
+
+    def denoise_again(self, blocks: Blocks, changed: bool) -> torch.Tensor: ...
+
+
 class TwoTowerSampler:
-    """Advances canvases by one denoising step, and autoregressive rows by one token.
+    """Advances canvases by one or more denoiser passes, and autoregressive rows by one token.
 
     What it tells vLLM: a row that returns w tokens has sampled w, and of a canvas row's scheduled tokens those that
-    were not returned are rejected, so that the next step starts at the same position again.
+    were not returned are rejected, so that the next step starts at the same position again. A row whose prompt ended in
+    this step has scheduled no canvas; what it returns of its first one counts as computed all the same.
+    ``num_nans``, which vLLM hands to the scheduler by request, says which towers ran the row: 2 for every denoiser pass
+    over its block, 1 for the context tower.
 
     ``logprobs_mode`` is vLLM's: whether log-probabilities are those of the logits as the model gives them (``raw``) or
     of the distribution that tokens are drawn from (``processed``).
     """
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        table: RequestTable,
-        current_plan: Callable[[], StepPlan | None],
-        logprobs_mode: str = "raw_logprobs",
-    ):
+    def __init__(self, sampler: Sampler, source: PassSource, logprobs_mode: str = "raw_logprobs"):
         # The runner reads these from any sampler it holds.
         self.req_states = sampler.req_states
         self.sampling_states = sampler.sampling_states
         self.compute_nans = False
         self.penalties_state = SimpleNamespace(output_bin_counts=None)
-        self._table = table
-        self._current_plan = current_plan
+        self._source, self._table = source, source.table
         self._scores_processed = logprobs_mode.startswith("processed")
         self._scores_as_logits = logprobs_mode.endswith("logits")
 
@@ -68,46 +80,111 @@ class TwoTowerSampler:
 
     def __call__(self, logits: StepLogits, input_batch: InputBatch) -> SamplerOutput:
         """Samples for one step; ``logits`` are those of the current plan's rows."""
-        plan, table = self._current_plan(), self._table
+        plan, table = self._source.take_plan(), self._table
         num_reqs, device = input_batch.num_reqs, table.device
         sampled = torch.zeros(num_reqs, table.engine.canvas_length, dtype=torch.int64, device=device)
         num_sampled = np.zeros(num_reqs, dtype=np.int32)
-        if plan is None:  # memory is being profiled: draw for a step full of canvases
-            predict(logits.denoiser.float())
+        if plan is None:  # memory is being profiled
+            predict(logits.denoiser_head(logits.denoiser[: logits.tile]).float())
             nothing = torch.zeros(num_reqs, dtype=torch.int32, device=device)
             return SamplerOutput(sampled, None, None, nothing, nothing.clone())
         # Draft tokens are placeholders here, so the scheduler has none to check against a grammar.
         input_batch.has_structured_output_reqs = False
         slots, split = input_batch.idx_mapping_np, plan.split
+        passes = np.zeros(num_reqs, dtype=np.int32)
+        passes[split.context.batch_rows] = 1
         self._emit_committed(plan, slots, sampled, num_sampled)
-        context, denoiser = (None if x is None else x.float() for x in (logits.context, logits.denoiser))
         grammar = _grammar_rows(logits, input_batch)
-        if context is not None:
-            rows = split.context.ordered(np.flatnonzero(split.next_token[split.context.batch_rows]))
-            tokens = self._next_tokens(rows, slots, context, grammar, sampled, num_sampled)
-            table.pending_tokens[self._device_slots(slots, rows), 0] = tokens
-        if split.num_mock_ar:
-            rows, first = split.mock_ar, len(denoiser) - split.num_mock_ar
-            tokens = self._next_tokens(rows, slots, denoiser[first:], grammar, sampled, num_sampled)
-            device_slots = self._device_slots(slots, rows)
-            table.pending_tokens[device_slots, 0] = plan.canvas.input_ids[first:].long()
-            table.canvas[device_slots, 0] = tokens
+        if logits.context is not None:
+            rows = split.context.take(split.next_token[split.context.batch_rows])
+            for part in _tiles(len(rows), logits.tile):
+                context = logits.context_head(logits.context[part]).float()
+                tokens = self._next_tokens(rows.take(part), slots, context, grammar, sampled, num_sampled)
+                table.pending_tokens[self._device_slots(slots, rows.take(part)), 0] = tokens
+        if len(split.mock_ar):
+            self._mock_ar(plan, slots, logits, grammar, sampled, num_sampled)
         if plan.blocks is not None:
-            self._denoise(plan, slots, denoiser[: len(plan.blocks.places)], sampled, num_sampled)
+            self._fill(plan.blocks, split.others_wait, logits, sampled, num_sampled, passes)
 
-        is_block = ~(input_batch.is_prefilling_np[:num_reqs] | table.is_ar[slots] | table.is_mock_ar[slots])
-        rejected = is_block * (input_batch.num_scheduled_tokens[:num_reqs] - num_sampled)
+        is_block = ~(table.is_ar[slots] | table.is_mock_ar[slots])
+        drafts = np.where(input_batch.is_prefilling_np[:num_reqs], 0, input_batch.num_scheduled_tokens[:num_reqs])
+        rejected = is_block * (drafts - num_sampled)
         wanted = {row: table.logprobs[slots[row]] for row in np.flatnonzero(table.has_logprobs[slots]).tolist()}
         return SamplerOutput(
             sampled_token_ids=sampled,
             logprobs_tensors=collect(wanted, num_sampled.tolist()) if wanted else None,
-            num_nans=None,
+            num_nans=async_tensor_h2d(passes, device=device),
             num_sampled=async_tensor_h2d(num_sampled, device=device),
             num_rejected=async_tensor_h2d(rejected, device=device, dtype=torch.int32),
         )
 
     def _device_slots(self, slots: np.ndarray, rows: TowerRows) -> torch.Tensor:
         return async_tensor_h2d(slots[rows.batch_rows], device=self._table.device)
+
+    def _mock_ar(
+        self,
+        plan: StepPlan,
+        slots: np.ndarray,
+        logits: StepLogits,
+        grammar: dict[int, np.ndarray],
+        sampled: torch.Tensor,
+        num_sampled: np.ndarray,
+    ) -> None:
+        """The next tokens of ``mock_ar`` rows, whose newest tokens are the last the denoiser ran on."""
+        table, first = self._table, len(logits.denoiser) - len(plan.split.mock_ar)
+        for part in _tiles(len(plan.split.mock_ar), logits.tile):
+            rows = plan.split.mock_ar.take(part)
+            of_rows = slice(first + part.start, first + part.stop)
+            denoiser = logits.denoiser_head(logits.denoiser[of_rows]).float()
+            tokens = self._next_tokens(rows, slots, denoiser, grammar, sampled, num_sampled)
+            device_slots = self._device_slots(slots, rows)
+            table.pending_tokens[device_slots, 0] = plan.canvas.input_ids[of_rows].long()
+            table.canvas[device_slots, 0] = tokens
+
+    def _fill(
+        self,
+        blocks: Blocks,
+        others_wait: bool,
+        logits: StepLogits,
+        sampled: torch.Tensor,
+        num_sampled: np.ndarray,
+        passes: np.ndarray,
+    ) -> None:
+        """Denoises the blocks, as often as a step may; blocks that are whole drop out."""
+        limit = self._table.engine.denoise_steps_per_engine_step
+        hidden = logits.denoiser[: blocks.rows.num_tokens]
+        for count in itertools.count(1):
+            converged = self._denoise_tiles(blocks, hidden, logits, sampled, num_sampled)
+            passes[blocks.rows.batch_rows] += 2
+            if limit == "auto":
+                # A whole block's request goes on in the next step: it must not wait for the others.
+                is_last = others_wait or converged.any() or count == AUTO_PASSES_PER_STEP
+            else:
+                is_last = converged.all() or count == limit
+            if is_last:
+                return
+            changed = len(hidden) < len(logits.denoiser) if count == 1 else False
+            if converged.any():
+                left = np.flatnonzero(~converged)
+                blocks, changed = self._blocks(blocks.rows.take(left), blocks.host_slots[left]), True
+            hidden = self._source.denoise_again(blocks, changed)
+
+    def _blocks(self, rows: TowerRows, host_slots: np.ndarray) -> Blocks:
+        return Blocks(rows, host_slots, self._table, self._source.staging)
+
+    def _denoise_tiles(
+        self, blocks: Blocks, hidden: torch.Tensor, logits: StepLogits, sampled: torch.Tensor, num_sampled: np.ndarray
+    ) -> np.ndarray:
+        """One pass over the blocks, a tile of logits at a time; returns which (R,) are whole."""
+        if len(hidden) <= logits.tile:
+            return self._denoise(blocks, logits.denoiser_head(hidden).float(), sampled, num_sampled)
+        converged, bounds = [], blocks.rows.query_start_loc
+        for part in _tiles(len(blocks), max(1, logits.tile // self._table.engine.canvas_length)):
+            some = self._blocks(blocks.rows.take(part), blocks.host_slots[part])
+            of_tile = logits.denoiser_head(hidden[bounds[part.start] : bounds[part.stop]]).float()
+            converged.append(self._denoise(some, of_tile, sampled, num_sampled))
+        blocks.load(self._table)
+        return np.concatenate(converged)
 
     def _emit_committed(
         self, plan: StepPlan, slots: np.ndarray, sampled: torch.Tensor, num_sampled: np.ndarray
@@ -139,7 +216,7 @@ class TwoTowerSampler:
             constrained = logits[chosen]
             xgrammar.apply_token_bitmask_inplace(constrained, async_tensor_h2d(bitmask, device=device))
             logits[chosen] = constrained
-        raw = self._apply_rules(rows, host_slots, logits, np.arange(len(rows) + 1), None)
+        raw = self._apply_rules(rows, host_slots, logits, None)
         tokens = logits.argmax(-1)
         hot = np.flatnonzero(table.is_random[host_slots])
         if len(hot):
@@ -160,40 +237,44 @@ class TwoTowerSampler:
         return tokens
 
     def _denoise(
-        self,
-        plan: StepPlan,
-        slots: np.ndarray,
-        logits: torch.Tensor,
-        sampled: torch.Tensor,
-        num_sampled: np.ndarray,
-    ) -> None:
-        """One denoising step of all blocks from fp32 logits (T, V); converged blocks become pending."""
-        table, blocks, rows = self._table, plan.blocks, plan.split.blocks
-        engine, host_slots = table.engine, slots[rows.batch_rows]
-        bounds = rows.query_start_loc
+        self, blocks: Blocks, logits: torch.Tensor, sampled: torch.Tensor, num_sampled: np.ndarray
+    ) -> np.ndarray:
+        """One denoising step of blocks from fp32 logits (T, V) of one pass; returns which (R,) are whole now.
+
+        A whole block becomes pending, and is returned at once unless it must be committed first.
+        """
+        table, rows, host_slots = self._table, blocks.rows, blocks.host_slots
+        engine = table.engine
         suppress_mask_token(logits, engine.mask_token_id)
-        scored = self._apply_rules(rows, host_slots, logits, bounds, blocks)
-        denoised = self._predict(plan, host_slots, logits, scored)
+        scored = self._apply_rules(rows, host_slots, logits, blocks)
+        denoised = self._predict(blocks, logits, scored)
         commit = self._commit(blocks, denoised)
-        positions = self._hold_back(blocks, rows, host_slots, denoised, commit.positions)
+        positions = self._hold_back(blocks, denoised, commit.positions)
         canvas = torch.where(positions, denoised.prediction, blocks.canvas)
         converged = ~(blocks.masked & ~positions).any(1)
+        bounds = rows.query_start_loc
         for i in np.flatnonzero(table.has_logprobs[host_slots]).tolist():
             n, of_row = int(rows.lengths[i]), slice(bounds[i], bounds[i + 1])
             table.logprobs[host_slots[i]].record(
                 positions[i, :n], scored.get(i, logits[of_row]), denoised.prediction[i, :n], self._scores_as_logits
             )
 
-        table.step[blocks.slots] = torch.where(converged, 0, commit.step + 1)
+        # The next rows depend on which blocks are whole.
+        done = converged.cpu().numpy()
+        blocks.set(canvas, commit.step + 1, engine.mask_token_id)
+        if not done.any():
+            blocks.store(table)
+            return done
+        table.step[blocks.slots] = torch.where(converged, 0, blocks.step)
         table.canvas[blocks.slots] = canvas.masked_fill(converged[:, None], engine.mask_token_id)
         pending = table.pending_tokens[blocks.slots]
         table.pending_tokens[blocks.slots] = torch.where(converged[:, None], canvas, pending)
-        # The next step's rows depend on which blocks converged; the runner reads the step's outcome here anyway.
-        done = converged.cpu().numpy()
         table.pending[host_slots[done]] = rows.lengths[done]
-        if engine.commit == "lazy":
-            sampled[blocks.batch_rows] = canvas
+        if engine.commit != "separate":
+            whole = async_tensor_h2d(np.flatnonzero(done), device=canvas.device)
+            sampled[async_tensor_h2d(rows.batch_rows[done], device=canvas.device)] = canvas[whole]
             num_sampled[rows.batch_rows[done]] = rows.lengths[done]
+        return done
 
     def _text(self, slot: int, start: int, ahead: torch.Tensor) -> Text:
         """The tokens of a request before position ``start``, and those from there on."""
@@ -201,7 +282,7 @@ class TwoTowerSampler:
         tokens = self.req_states.all_token_ids.gpu[slot, :start].long()
         return Text(tokens[:prompt_len], tokens[prompt_len:], ahead)
 
-    def _ahead(self, blocks: BlockInputs | None, row: int, length: int) -> torch.Tensor:
+    def _ahead(self, blocks: Blocks | None, row: int, length: int) -> torch.Tensor:
         """What stands at the positions that a row predicts."""
         if blocks is None:
             return torch.full((1,), UNDECIDED, dtype=torch.int64, device=self._table.device)
@@ -212,14 +293,14 @@ class TwoTowerSampler:
         rows: TowerRows,
         host_slots: np.ndarray,
         logits: torch.Tensor,
-        bounds: np.ndarray,
-        blocks: BlockInputs | None,
+        blocks: Blocks | None,
     ) -> dict[int, torch.Tensor]:
-        """Applies the requests' rules to their logits in place, row i's being ``logits[bounds[i]:bounds[i + 1]]``.
+        """Applies the requests' rules to their logits in place: those of the blocks' tokens, or one of each row.
 
         Returns the logits as they were, by row, where log-probabilities of these are wanted.
         """
         table, raw = self._table, {}
+        bounds = np.arange(len(rows) + 1) if blocks is None else rows.query_start_loc
         for i in np.flatnonzero(table.has_rules[host_slots]).tolist():
             of_row = logits[bounds[i] : bounds[i + 1]]
             if table.has_logprobs[host_slots[i]] and not self._scores_processed:
@@ -245,19 +326,17 @@ class TwoTowerSampler:
                 first, end = np.searchsorted(of_row, (row, row + 1))
                 scored[row] = shaped[first:end]
 
-    def _predict(
-        self, plan: StepPlan, host_slots: np.ndarray, logits: torch.Tensor, scored: dict[int, torch.Tensor]
-    ) -> DenoiserPass:
+    def _predict(self, blocks: Blocks, logits: torch.Tensor, scored: dict[int, torch.Tensor]) -> DenoiserPass:
         """Predictions and what the strategies ask of them, from fp32 logits (T, V) of the blocks' tokens."""
-        table, blocks = self._table, plan.blocks
+        table, host_slots = self._table, blocks.host_slots
         needs = frozenset().union(*(table.strategies[index].needs for index, _ in blocks.strategy_rows))
         tokens, confidence = predict(logits)
         energy = confidence.log() if "energy" in needs else None
-        row_of_token = plan.split.blocks.row_of_token()
-        hot = np.flatnonzero(table.is_random[host_slots][row_of_token])
-        if len(hot):
+        if table.is_random[host_slots].any():
+            row_of_token = blocks.rows.row_of_token
+            hot = np.flatnonzero(table.is_random[host_slots][row_of_token])
             chosen = async_tensor_h2d(hot, device=logits.device)
-            of_row = plan.canvas.rows.row_of_token[chosen]  # blocks come first among the canvas rows
+            of_row = blocks.row_of_token[chosen]
             options = blocks.options.rows(of_row)
             hot_logits = logits[chosen]
             shaped = self._shape(hot_logits, options, host_slots[row_of_token[hot]])
@@ -268,47 +347,32 @@ class TwoTowerSampler:
                 energy[chosen] = options.temperature * shaped.logsumexp(-1) - hot_logits.logsumexp(-1)
             self._keep_processed(scored, hot, shaped, row_of_token)
 
-        def by_row(values: torch.Tensor | None) -> torch.Tensor | None:
-            """(T,) -> (R, S), zero where a row is shorter."""
-            if values is None:
-                return None
-            empty = values.new_zeros(blocks.valid.numel())
-            return empty.index_copy_(0, blocks.places, values).view(blocks.valid.shape)
-
         return DenoiserPass(
-            prediction=by_row(tokens),
-            confidence=by_row(confidence),
+            prediction=blocks.by_row(tokens),
+            confidence=blocks.by_row(confidence),
             masked=blocks.masked,
             step=blocks.step,
             start=blocks.starts,
             width=blocks.lengths,
-            margin=by_row(margin(logits) if "margin" in needs else None),
-            energy=by_row(energy),
+            margin=blocks.by_row(margin(logits)) if "margin" in needs else None,
+            energy=None if energy is None else blocks.by_row(energy),
         )
 
-    def _commit(self, blocks: BlockInputs, denoised: DenoiserPass) -> Commit:
+    def _commit(self, blocks: Blocks, denoised: DenoiserPass) -> Commit:
         """What each row's strategy commits; in the last pass that a request allows, all that is left."""
-        result = Commit(torch.zeros_like(blocks.masked), blocks.step.clone())
-        for index, rows in blocks.strategy_rows:
-            of_strategy = self._table.strategies[index].commit
-            if rows is None:
-                result = of_strategy(denoised, blocks.options)
-            else:
-                commit = of_strategy(denoised.rows(rows), blocks.options.rows(rows))
+        if blocks.strategy_rows[0][1] is None:
+            result = self._table.strategies[blocks.strategy_rows[0][0]].commit(denoised, blocks.options)
+        else:
+            result = Commit(torch.zeros_like(blocks.masked), blocks.step.clone())
+            for index, rows in blocks.strategy_rows:
+                commit = self._table.strategies[index].commit(denoised.rows(rows), blocks.options.rows(rows))
                 result.positions[rows], result.step[rows] = commit.positions, commit.step
         is_last = result.step >= blocks.options.max_steps - 1
         return Commit((result.positions | is_last[:, None]) & blocks.masked, result.step)
 
-    def _hold_back(
-        self,
-        blocks: BlockInputs,
-        rows: TowerRows,
-        host_slots: np.ndarray,
-        denoised: DenoiserPass,
-        positions: torch.Tensor,
-    ) -> torch.Tensor:
+    def _hold_back(self, blocks: Blocks, denoised: DenoiserPass, positions: torch.Tensor) -> torch.Tensor:
         """The positions (R, S) without those whose tokens would make up a request's banned phrase."""
-        table = self._table
+        table, rows, host_slots = self._table, blocks.rows, blocks.host_slots
         for i in np.flatnonzero(table.has_rules[host_slots]).tolist():
             rules = table.rules[host_slots[i]]
             if rules.phrases:
@@ -318,6 +382,12 @@ class TwoTowerSampler:
                 text = self._text(host_slots[i], int(rows.starts[i]), ahead)
                 positions[i, :n] = rules.hold_back(text, new, denoised.confidence[i, :n])
         return positions
+
+
+def _tiles(total: int, size: int) -> Iterator[slice]:
+    """Slices of at most ``size`` that cover ``total``."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
 
 
 def _grammar_rows(logits: StepLogits, input_batch: InputBatch) -> dict[int, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
@@ -16,37 +15,28 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm_twotower.config import EngineOptions, RequestOptions
 
 from .metrics import RequestDenoisingMetrics, StepCosts
-from .prefix_cache import FoundPages, check_page_size, commit_interval, next_stop
-
-
-@dataclass
-class RowState:
-    """What decides which towers run a request's row: the worker has the same, from the same events.
-
-    The first ``prefill_len`` tokens are read as a prompt, after a preemption also those generated before. The block
-    that is being filled had ``num_passes`` denoiser passes. ``unread`` of the returned tokens the context tower has yet
-    to read.
-    """
-
-    options: RequestOptions
-    prefill_len: int
-    num_passes: int = 0
-    unread: int = 0
+from .mode_control import ModeControl
+from .prefix_cache import FoundPages, check_page_size, commit_interval
+from .rows import Row, rows_work
 
 
 class TwoTowerScheduler(DiffusionScheduler):
-    """Schedules canvases as vLLM does, autoregressive requests without drafts, and counts every tower's passes."""
+    """Schedules blocks whole and before prompts, autoregressive requests without drafts, and counts towers' passes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._engine_options = EngineOptions.of(self.vllm_config.model_config)
+        self._engine_options = options = EngineOptions.of(self.vllm_config.model_config)
         # vLLM's own level must be none without a speculative configuration.
-        self.spec_decode_metrics_level = self._engine_options.request_metrics
-        self._rows: dict[str, RowState] = {}
+        self.spec_decode_metrics_level = options.request_metrics
+        # Room for the first canvas, which is denoised in the prompt's last step.
+        self.num_lookahead_tokens = options.canvas_length
+        self._step_budget = self.max_num_scheduled_tokens
+        self._rows: dict[str, Row] = {}
+        self._mode_control: ModeControl | None = None  # as long as no request leaves the mode to it
         self._costs = StepCosts()
         self._held_logprobs: dict[str, Any] = {}
         self._held_token_id_logprobs: dict[str, Any] = {}
-        check_page_size(self.kv_cache_config, self._engine_options.canvas_length)
+        check_page_size(self.kv_cache_config, options.canvas_length)
         self._commit_interval = commit_interval(self.kv_cache_config, self.max_model_len)
         self._found_pages = FoundPages(self.kv_cache_manager, self._unread)
 
@@ -54,96 +44,94 @@ class TwoTowerScheduler(DiffusionScheduler):
         """Admits a request; vLLM's per-request metrics, where it made some, give way to ours."""
         super().add_request(request)
         if request.spec_decode_metrics is not None:
-            options = RequestOptions.parse(request.sampling_params.extra_args, self._engine_options)
-            denoises = options.mode == "mask_diffusion"
-            request.spec_decode_metrics = RequestDenoisingMetrics.new(self.num_spec_tokens) if denoises else None
+            options = RequestOptions.of(request.sampling_params, self._engine_options)
+            request.spec_decode_metrics = (
+                RequestDenoisingMetrics.new(self.num_spec_tokens) if options.fills_blocks else None
+            )
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's schedule, in which blocks come first, and prompts beside them get a share of the step."""
+        if self._mode_control is not None:
+            self._mode_control.step_starts()
+        self.running.sort(key=lambda request: request.is_prefill_chunk)
+        self.max_num_scheduled_tokens = self._step_budget
+        if any(request.spec_token_ids for request in self.running):
+            decodes = sum(
+                r.num_tokens_with_spec - r.num_computed_tokens for r in self.running if not r.is_prefill_chunk
+            )
+            beside = max(decodes, self._engine_options.prompt_tokens_beside_blocks)
+            self.max_num_scheduled_tokens = min(self._step_budget, decodes + beside)
+        output = super().schedule(*args, **kwargs)
+        for req_id in output.finished_req_ids:
+            self._rows.pop(req_id, None)
+        for new in output.scheduled_new_reqs:  # after a preemption again
+            row = self._rows[new.req_id] = Row.of(new, self._engine_options, self.max_model_len)
+            if row.options.mode == "auto":
+                self._choose(row)
+                new.sampling_params = row.first_params(new.sampling_params)
+        return output
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        """The canvases of the next step; an autoregressive request has none and goes on by one token a step."""
+        """What the next step schedules of each request beyond the tokens it has, see :meth:`Row.drafts`."""
         for i, req_id in enumerate(draft_token_ids.req_ids):
-            if req_id in self._rows and self._rows[req_id].options.mode != "mask_diffusion":
-                draft_token_ids.draft_token_ids[i] = []
+            if (row := self._rows.get(req_id)) is not None:
+                draft_token_ids.draft_token_ids[i] = row.drafts(draft_token_ids.draft_token_ids[i])
         super().update_draft_token_ids(draft_token_ids)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """vLLM's update, after the step is counted and prompt scores are kept for the first output."""
-        starts = self._update_rows(scheduler_output)
-        index, sampled = model_runner_output.req_id_to_index, model_runner_output.sampled_token_ids
-        num_sampled = {req_id: len(sampled[index[req_id]]) if sampled else 0 for req_id in starts}
+        work = rows_work(self._rows, scheduler_output, model_runner_output)
         # Also for requests aborted while the step ran: the worker has run their rows.
-        for req_id, start in starts.items():
+        for req_id, of_row in work.items():
             request = self.requests.get(req_id)
             metrics = None if request is None else request.spec_decode_metrics
-            num_scheduled = scheduler_output.num_scheduled_tokens[req_id]
-            self._count_row(self._rows[req_id], start, num_scheduled, num_sampled[req_id], metrics)
+            self._rows[req_id].count(of_row, self._costs, metrics, self.spec_decode_metrics_level == "detailed")
+            self._rows[req_id].follow(of_row, self._engine_options.commit == "separate", self._commit_interval)
+        if self._mode_control is not None:
+            self._mode_control.step_ends(list(work.values()), self._costs.steps_per_block)
+        num_sampled = {req_id: of_row.num_sampled for req_id, of_row in work.items()}
         self._hold(self._held_logprobs, model_runner_output.prompt_logprobs_dict, num_sampled)
         self._hold(self._held_token_id_logprobs, model_runner_output.prompt_token_id_logprobs_dict, num_sampled)
+        for req_id, of_row in work.items():
+            row, request = self._rows[req_id], self.requests.get(req_id)
+            if request is not None and row.options.fills_blocks and of_row.context_len < row.prefill_len:
+                # What the prompt's last step returns lies in pages beyond those it had scheduled.
+                request.num_computed_tokens += of_row.num_sampled
+            if request is not None and row.is_auto_at_border:
+                self._choose(row)
         return super().update_from_output(scheduler_output, model_runner_output)
-
-    def _update_rows(self, scheduler_output: SchedulerOutput) -> dict[str, int]:
-        """Starts and drops row states when the worker does; returns where each scheduled row's tokens start."""
-        for req_id in scheduler_output.finished_req_ids:
-            self._rows.pop(req_id, None)
-        cached = scheduler_output.scheduled_cached_reqs
-        starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        for new in scheduler_output.scheduled_new_reqs:  # after a preemption again
-            options = RequestOptions.parse(new.sampling_params.extra_args, self._engine_options)
-            self._rows[new.req_id] = RowState(options, len(new.prefill_token_ids))
-            starts[new.req_id] = new.num_computed_tokens
-        return starts
-
-    def _count_row(
-        self,
-        row: RowState,
-        start: int,
-        num_scheduled: int,
-        num_sampled: int,
-        metrics: RequestDenoisingMetrics | None,
-    ) -> None:
-        """Counts what the worker did with a row of tokens from ``start`` on; see ``step_plan.split_rows``."""
-        costs, options, lazy_commit = self._costs, row.options, self._engine_options.commit == "lazy"
-        if start < row.prefill_len or options.mode != "mask_diffusion":
-            # In mock_ar the newest token is the denoiser's: a last chunk of one token leaves the context tower nothing.
-            costs.context_passes += not (options.mode == "mock_ar" and start == row.prefill_len - 1)
-            return
-        if num_scheduled < min(options.canvas_length, self.max_model_len - start):
-            return  # scheduled in part
-        if row.unread:
-            costs.context_passes += 1
-            row.unread = max(0, start - next_stop(start - row.unread, self._commit_interval))
-            if row.unread:
-                return
-        if num_sampled and not lazy_commit:
-            costs.context_passes += 1
-        else:
-            costs.denoiser_passes += 1
-            costs.canvas_positions += num_scheduled
-            row.num_passes += 1
-            if metrics is not None:
-                metrics.add_pass(num_scheduled, self.spec_decode_metrics_level == "detailed")
-        if num_sampled:
-            costs.committed_tokens += num_sampled
-            costs.steps_per_block.append(row.num_passes)
-            costs.forced_blocks += row.num_passes >= options.max_steps
-            row.num_passes = 0
-            if metrics is not None:
-                metrics.finish_block(num_sampled)
-            end = start + num_sampled
-            row.unread = num_sampled if lazy_commit else max(0, end - next_stop(start, self._commit_interval))
 
     def _unread(self, request: Request) -> int:
         """How many of the tokens that vLLM counts as computed the context tower reads in a later step."""
         row = self._rows.get(request.request_id)
-        if request.num_computed_tokens == 0 or row is None:  # new or preempted
-            options = RequestOptions.parse(request.sampling_params.extra_args, self._engine_options)
-            return options.mode == "mock_ar"
-        return 1 if row.options.mode == "mock_ar" else row.unread
+        is_new = request.num_computed_tokens == 0 or row is None  # or preempted
+        options = RequestOptions.of(request.sampling_params, self._engine_options) if is_new else row.options
+        if options.mode == "mock_ar":
+            return 1
+        return 0 if is_new else row.unread
+
+    def _mamba_block_aligned_split(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> int:
+        # Without room for a whole page a prompt would wait until the blocks beside it are finished.
+        return super()._mamba_block_aligned_split(request, num_new_tokens, *args, **kwargs) or num_new_tokens
 
     def _free_request_blocks(self, request: Request) -> None:
         self._found_pages.cache(request)
         super()._free_request_blocks(request)
+
+    def _choose(self, row: Row) -> None:
+        """Sets how an ``auto`` request goes on, and counts it."""
+        if self._mode_control is None:
+            self._mode_control = ModeControl(self.vllm_config, self._engine_options)
+        computed = [request.num_computed_tokens for request in self.running]
+        decision = self._mode_control.choose(self.current_step, len(computed), sum(computed) / len(computed))
+        row.is_single = decision.mode == "ar"
+        self._costs.auto_ar += row.is_single
+        self._costs.auto_diffusion += not row.is_single
+        self._costs.auto_changes += self._mode_control.take_changes()
+        self._costs.auto_ar_us = round(decision.ar_seconds * 1e6)
+        self._costs.auto_diffusion_us = round(decision.diffusion_seconds * 1e6)
 
     def _hold(self, held: dict[str, Any], returned: dict[str, Any], num_sampled: dict[str, int]) -> None:
         """Takes from ``returned`` what vLLM could not send yet, and puts back what goes with a first output."""

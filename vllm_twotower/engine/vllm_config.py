@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import vllm.envs as envs
 from vllm.config import DiffusionConfig
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import NemotronHForCausalLMConfig, VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_twotower.checkpoint import DEFAULT_CANVAS_LENGTH
@@ -50,6 +52,8 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
             mask_token_id=getattr(hf_config, "mask_token_id", None),
             vocab_size=vllm_config.model_config.get_vocab_size(),
             request_metrics=vllm_config.observability_config.per_request_spec_decode_metrics,
+            # A GPU's pass reads all weights for a few tokens already; a CPU's takes longer with every token.
+            prompt_tokens_beside_blocks=64 if current_platform.is_cpu() else 1024,
         )
         options.store(vllm_config.model_config)
         # Later vLLM refuses this without a speculative configuration; our scheduler takes the level from the options.
@@ -96,6 +100,11 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             "async_scheduling",
             vllm_config.scheduler_config.async_scheduling,
             "which rows the context tower runs on depends on the step before",
+        ),
+        (
+            "VLLM_RAISE_ON_LOGIT_NANS",
+            envs.VLLM_RAISE_ON_LOGIT_NANS,
+            "vLLM's count of NaN logits carries the denoiser's passes to the scheduler",
         ),
         (
             "prefix_match_unit",

@@ -7,7 +7,7 @@ scratch entries when it commits the block. Mamba layers read the context layer's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -60,6 +60,21 @@ class CanvasRows:
         """(R, S, D) -> (T, D)."""
         x = x.flatten(0, 1)
         return x if self.position_of_token is None else x[self.position_of_token]
+
+    def by_row(self, x: Tensor) -> tuple[int, ...]:
+        """The shape in which values (T, H) meet those of :meth:`per_token`."""
+        return x.shape if self.token_of_position is not None else (self.num_rows, self.width, x.shape[1])
+
+    def per_token(self, modulation: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Shift, 1 + scale and gate of each layer from (layers, R, 3, H), so that they broadcast over a row's tokens.
+
+        (R, 1, H) each; (T, H) where rows differ in length.
+        """
+        for of_layer in modulation:
+            if self.token_of_position is None:
+                yield of_layer.unsqueeze(2).unbind(1)
+            else:
+                yield of_layer[self.row_of_token].unbind(1)
 
     @classmethod
     def for_profiling(cls, num_tokens: int, width: int, device: torch.device) -> CanvasRows:
@@ -170,14 +185,16 @@ class _DenoiserLayer(nn.Module):
         self.mixer = mixer
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
-    def forward(self, x: Tensor, modulation: Tensor, rows: CanvasRows) -> Tensor:
-        """x (T, H) and modulation (T, 3, H), its shift, scale and gate, -> (T, H)."""
-        shift, scale, gate = modulation.unbind(1)
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, rows: CanvasRows) -> Tensor:
+        """x (T, H) -> (T, H); ``y * scale + shift`` is the modulation, see :meth:`CanvasRows.per_token`."""
         if self.mixes_positions:
-            y = self.mixer(self.norm(torch.addcmul(shift, x, 1 + scale)), rows)
+            y = torch.addcmul(shift, x.view(rows.by_row(x)), scale).view(x.shape)
+            y = self.mixer(self.norm(y), rows)
         else:
-            y = self.mixer(torch.addcmul(shift, self.norm(x), 1 + scale))
-        return torch.addcmul(x, gate, y)
+            y = self.norm(x)
+            y = self.mixer(torch.addcmul(shift, y.view(rows.by_row(y)), scale).view(x.shape))
+        by_row = rows.by_row(x)
+        return torch.addcmul(x.view(by_row), gate, y.view(by_row)).view(x.shape)
 
 
 class DenoiserMambaLayer(_DenoiserLayer):
@@ -249,14 +266,11 @@ class DenoiserTower(NemotronHModel):
         Args: input_ids (T,); shared (R, 3, H), the time conditioning of each row; tables, one (3, H) a layer.
         """
         x = self.embed_input_ids(input_ids)
-        shared = shared[rows.row_of_token]
+        modulation = shared + torch.stack(tuple(tables))[:, None]  # (layers, R, 3, H)
+        modulation[:, :, 1] += 1
         if rows.unconditioned is not None:
-            unconditioned = rows.unconditioned[rows.row_of_token, None, None]
-            # Shift 0, scale 0, gate 1.
-            neutral = shared.new_tensor([0, 0, 1])[:, None]
-        for layer, table in zip(self.layers, tables, strict=True):
-            modulation = shared + table
-            if rows.unconditioned is not None:
-                modulation = torch.where(unconditioned, neutral, modulation)
-            x = layer(x, modulation, rows)
+            neutral = modulation.new_tensor([0, 1, 1])[:, None]
+            modulation = torch.where(rows.unconditioned[:, None, None], neutral, modulation)
+        for layer, (shift, scale, gate) in zip(self.layers, rows.per_token(modulation), strict=True):
+            x = layer(x, shift, scale, gate, rows)
         return self.norm_f(x)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,20 +22,11 @@ from vllm_twotower.config import EngineOptions
 
 from .context import context_tower
 from .denoiser import CONTEXT_PREFIX, DENOISER_PREFIX, CanvasRows, DenoiserTower
-from .step_logits import StepLogits
+from .step_logits import StepLogits, logit_rows_per_tile
 from .time_conditioning import TimeConditioning
 
 if TYPE_CHECKING:
     from vllm_twotower.engine.step_plan import StepPlan
-
-
-@dataclass
-class _StepHidden:
-    """Hidden states whose logits a step needs, as in :class:`StepLogits`; or ``profiling``."""
-
-    context: Tensor | None = None
-    denoiser: Tensor | None = None
-    profiling: bool = False
 
 
 class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
@@ -90,7 +80,6 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
             {**config.to_dict(), "hybrid_override_pattern": config.hybrid_override_pattern}
         )
         self.options = EngineOptions.of(vllm_config.model_config)
-        self.max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.context_tower = context_tower(vllm_config, maybe_prefix(prefix, CONTEXT_PREFIX))
         self.denoiser_tower = DenoiserTower(vllm_config, maybe_prefix(prefix, DENOISER_PREFIX))
         self.time_conditioning = TimeConditioning(config.hidden_size, len(config.hybrid_override_pattern))
@@ -99,7 +88,8 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
             for name in (maybe_prefix(prefix, "context_lm_head"), maybe_prefix(prefix, "lm_head"))
         )
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        self._step_hidden: _StepHidden | None = None
+        self.logit_tile = logit_rows_per_tile(config.vocab_size, self.options.canvas_length)
+        self._step_logits: StepLogits | None = None
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Embeddings (T, H) of the context tower."""
@@ -121,7 +111,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         """
         if plan is None:
             return self._profile(input_ids, positions)
-        self._step_hidden = kept = _StepHidden()
+        context = denoiser = None
         result = positions.new_empty((len(positions), 0))
         forward_context = get_forward_context()
         forward_context.slot_mapping = plan.slot_mapping
@@ -129,40 +119,44 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         if plan.context is not None:
             hidden = self.context_tower(plan.context.input_ids, plan.context.positions)
             if plan.context.logits_indices is not None:
-                kept.context = hidden[plan.context.logits_indices]
+                context = hidden[plan.context.logits_indices]
             if plan.context.prompt_tokens is not None:
                 here, in_batch = plan.context.prompt_tokens
                 result = hidden.new_zeros((len(positions), hidden.shape[1])).index_copy_(0, in_batch, hidden[here])
         if plan.canvas is not None:
-            kept.denoiser = self._denoise(plan.canvas.input_ids, plan.canvas.rows, plan.canvas.time)
+            denoiser = self.denoise(plan.canvas.input_ids, plan.canvas.rows, plan.canvas.time)
+        self._step_logits = self._logits(context, denoiser)
         return result
 
-    def _denoise(self, input_ids: Tensor, rows: CanvasRows, time: Tensor) -> Tensor:
+    def denoise(self, input_ids: Tensor, rows: CanvasRows, time: Tensor) -> Tensor:
+        """One denoiser pass over canvas tokens (T,) at times (R,), in a forward context: hidden states (T, H)."""
         conditioning = self.time_conditioning
         return self.denoiser_tower(input_ids, rows, conditioning(time), conditioning.scale_shift_tables)
 
+    def _logits(self, context: Tensor | None, denoiser: Tensor | None) -> StepLogits:
+        return StepLogits(
+            context,
+            denoiser,
+            lambda hidden: self.logits_processor(self.context_lm_head, hidden),
+            lambda hidden: self.logits_processor(self.lm_head, hidden),
+            self.logit_tile,
+        )
+
     def _profile(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        self._step_hidden = _StepHidden(profiling=True)
         self.context_tower(input_ids, positions)
         rows = CanvasRows.for_profiling(len(input_ids), self.options.canvas_length, input_ids.device)
-        return self._denoise(input_ids, rows, torch.ones(rows.num_rows, device=input_ids.device))
+        hidden = self.denoise(input_ids, rows, torch.ones(rows.num_rows, device=input_ids.device))
+        self._step_logits = self._logits(None, hidden)
+        return hidden
 
     def compute_logits(self, hidden_states: Tensor) -> StepLogits | Tensor:
-        """The logits of the rows that ``forward`` kept; while profiling, those of a step full of canvases.
+        """The hidden states that ``forward`` kept for the sampler, with their heads.
 
-        Called again in the same step, for a prompt's log-probabilities: the context head's (n, V) of its hidden states
-        (n, H).
+        Called again in the same step, for a prompt's log-probabilities: the context head's logits (n, V) of its hidden
+        states (n, H).
         """
-        kept, self._step_hidden = self._step_hidden, None
-        if kept is None:
-            return self.logits_processor(self.context_lm_head, hidden_states)
-        if kept.profiling:
-            rows = min(len(hidden_states) * self.options.canvas_length, self.max_num_tokens)
-            return StepLogits(None, self.logits_processor(self.lm_head, hidden_states[:1].expand(rows, -1)))
-        return StepLogits(
-            None if kept.context is None else self.logits_processor(self.context_lm_head, kept.context),
-            None if kept.denoiser is None else self.logits_processor(self.lm_head, kept.denoiser),
-        )
+        kept, self._step_logits = self._step_logits, None
+        return self.logits_processor(self.context_lm_head, hidden_states) if kept is None else kept
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Loads a checkpoint in the official key layout.

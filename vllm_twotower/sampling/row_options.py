@@ -27,5 +27,17 @@ class RowOptions:
     seed: Tensor
 
     def rows(self, index: Tensor) -> RowOptions:
-        """The options of some rows, in the order of ``index``."""
-        return RowOptions(**{name: column[index] for name, column in vars(self).items()})
+        """The options of some rows, in the order of ``index``; each is gathered when it is first asked for."""
+        return _SomeRows(self, index)
+
+
+class _SomeRows(RowOptions):
+    def __init__(self, options: RowOptions, index: Tensor):
+        self._options, self._index = options, index
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in RowOptions.__dataclass_fields__:
+            raise AttributeError(name)
+        column = getattr(self._options, name)[self._index]
+        setattr(self, name, column)
+        return column

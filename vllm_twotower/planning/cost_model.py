@@ -1,0 +1,242 @@
+"""What a tower pass, an engine step and a block of tokens cost: bytes, FLOPs, seconds.
+
+Every figure is of one GPU. Formulas and units are in ``docs/planning.md``. The functions that a scheduler calls are
+plain Python on floats, some microseconds each.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from .hardware import Hardware
+from .model_size import ModelSize
+from .steps_per_block import StepsPerBlock
+
+if TYPE_CHECKING:
+    from vllm_twotower.checkpoint import TwoTowerConfig
+
+Tower = Literal["context", "denoiser"]
+PlannedMode = Literal["ar", "mask_diffusion"]
+
+
+class PassCost(NamedTuple):
+    """One run of one tower: bytes read and written, FLOPs, and the seconds they take with every overhead.
+
+    ``weight_bytes`` are of the experts really touched, the rest of the tower, and the head if any row needs it.
+    ``link_seconds`` (in ``seconds``) is the time of the all-reduces.
+    """
+
+    tower: Tower
+    rows: float
+    weight_bytes: float
+    kv_bytes: float
+    state_bytes: float
+    flops: float
+    link_seconds: float
+    seconds: float
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.weight_bytes + self.kv_bytes + self.state_bytes
+
+
+class Load(NamedTuple):
+    """What a server has to do, on average.
+
+    ``num_open`` requests with ``context_len`` tokens in the caches fill blocks in ``steps_per_block`` denoiser passes,
+    of which an engine step makes up to ``passes_per_step``. New prompts are read meanwhile: ``prompt_tokens`` for every
+    ``output_tokens`` tokens generated; by default no request ever ends.
+    """
+
+    num_open: float
+    context_len: float
+    steps_per_block: StepsPerBlock
+    passes_per_step: int = 1
+    prompt_tokens: float = 0.0
+    output_tokens: float = inf
+
+
+class CostModel:
+    """Predicts the seconds of passes, steps and blocks of one model on one kind of hardware.
+
+    ``dtype_bytes`` is the size of a weight, a key and an activation, ``expert_dtype_bytes`` that of a routed expert's
+    weight (FP8: 1, 4 bits: 0.5; default ``dtype_bytes``), ``ssm_dtype_bytes`` that of an SSM state's element.
+    ``routing_correlation`` (0 to 1) says how much the tokens of a pass agree on their experts: 0, each draws its own;
+    1, all take the same.
+    """
+
+    def __init__(
+        self,
+        config: TwoTowerConfig,
+        hardware: Hardware,
+        *,
+        tensor_parallel_size: int = 1,
+        dtype_bytes: float = 2,
+        expert_dtype_bytes: float | None = None,
+        ssm_dtype_bytes: float = 4,
+        routing_correlation: float = 0.0,
+    ):
+        if not 0 <= routing_correlation <= 1:
+            raise ValueError(f"routing_correlation is {routing_correlation}: it must lie in 0 ... 1")
+        self.hardware = hardware
+        self.canvas_length = config.canvas_length
+        self.size = ModelSize.of(
+            config, tensor_parallel_size, dtype_bytes, expert_dtype_bytes or dtype_bytes, ssm_dtype_bytes
+        )
+        skipped = 1 - config.num_experts_per_tok / self.size.num_experts if self.size.num_experts else 1.0
+        # The share of experts that T tokens leave out is first * each**T.
+        self._left_out_first, self._left_out_each = skipped**routing_correlation, skipped ** (1 - routing_correlation)
+        active_experts = self.size.num_moe_layers * config.num_experts_per_tok * self.size.expert_parameters
+        # A state element is decayed, fed (a product and a sum) and read (again both): 5 FLOPs a token.
+        states = config.pattern.count("M") * config.mamba_intermediate_size * config.ssm_state_size
+        self._flops_per_token = 2 * (self.size.dense_parameters + active_experts) + 5 * states / tensor_parallel_size
+        query_width = config.num_attention_heads * config.head_dim / tensor_parallel_size
+        self._flops_per_token_and_key = 4 * config.pattern.count("*") * query_width
+        # A sum over the GPUs after the embedding and after every layer.
+        num_sums = len(config.pattern) + 1 if tensor_parallel_size > 1 else 0
+        self._link_seconds_per_pass = num_sums * hardware.link_latency
+        ring = 2 * (tensor_parallel_size - 1) / tensor_parallel_size
+        self._link_seconds_per_token = num_sums * ring * config.hidden_size * dtype_bytes / hardware.link_bandwidth
+
+    def experts_touched(self, tokens: float) -> float:
+        """Distinct experts of a layer that ``tokens`` tokens are routed to, on average: E (1 - (1 - k/E)^T).
+
+        With correlated routing T counts the first token and the uncorrelated share of the others.
+        """
+        return self.size.num_experts * (1 - self._left_out_first * self._left_out_each**tokens)
+
+    def _blocks_pass_seconds(self, tower: Tower, batch: float, probability: float, context_len: float) -> float:
+        """Mean seconds of a pass over the blocks of ``batch`` requests, each there with ``probability``; 0 if none is.
+
+        The mean number of rows stands for all but the experts they touch: the first rows touch the most, so that the
+        mean number of them would touch more.
+        """
+        none = (1 - probability) ** batch
+        if none == 1:
+            return 0.0
+        left_out = (1 - probability + probability * self._left_out_each**self.canvas_length) ** batch
+        experts = self.size.num_experts * (1 - self._left_out_first * (left_out - none) / (1 - none))
+        rows = batch * probability / (1 - none)
+        tokens = rows * self.canvas_length
+        head_rows = tokens if tower == "denoiser" else 0
+        return (1 - none) * self._pass_cost(tower, rows, tokens, rows * context_len, head_rows, experts).seconds
+
+    def pass_cost(self, tower: Tower, rows: float, tokens: float, context_tokens: float, head_rows: float) -> PassCost:
+        """One run of ``tower`` over ``rows`` requests with ``tokens`` tokens in all.
+
+        ``context_tokens`` is the sum of what the rows have in the caches already, ``head_rows`` the number of tokens
+        that need logits.
+        """
+        return self._pass_cost(tower, rows, tokens, context_tokens, head_rows, self.experts_touched(tokens))
+
+    def _pass_cost(
+        self, tower: Tower, rows: float, tokens: float, context_tokens: float, head_rows: float, experts: float
+    ) -> PassCost:
+        size, hardware = self.size, self.hardware
+        is_context = tower == "context"
+        weight_bytes = size.dense_bytes + size.num_moe_layers * experts * size.expert_bytes
+        if head_rows:
+            weight_bytes += size.head_bytes
+        flops = tokens * (self._flops_per_token + self._flops_per_token_and_key * (context_tokens + tokens) / rows)
+        flops += 2 * head_rows * size.head_parameters
+        if not is_context:
+            weight_bytes += size.time_bytes
+            flops += 2 * rows * size.time_parameters
+        kv_bytes = (context_tokens + tokens) * size.kv_bytes_per_token
+        # The context tower also writes its states back.
+        state_bytes = rows * size.state_bytes * (2 if is_context else 1)
+        link_seconds = self._link_seconds_per_pass + tokens * self._link_seconds_per_token
+        overhead = hardware.seconds_per_context_pass if is_context else hardware.seconds_per_denoiser_pass
+        seconds = (
+            hardware.roofline_seconds(weight_bytes + kv_bytes + state_bytes, flops)
+            + link_seconds
+            + overhead
+            + rows * hardware.seconds_per_row
+        )
+        return PassCost(tower, rows, weight_bytes, kv_bytes, state_bytes, flops, link_seconds, seconds)
+
+    def ar_pass(self, batch: float, context_len: float) -> PassCost:
+        """The context tower over the newest token of each of ``batch`` requests."""
+        return self.pass_cost("context", batch, batch, batch * context_len, batch)
+
+    def denoiser_pass(self, batch: float, context_len: float) -> PassCost:
+        """The denoiser over the canvases of ``batch`` requests."""
+        tokens = batch * self.canvas_length
+        return self.pass_cost("denoiser", batch, tokens, batch * context_len, tokens)
+
+    def commit_pass(self, batch: float, context_len: float) -> PassCost:
+        """The context tower over the finished blocks of ``batch`` requests; no logits are needed."""
+        return self.pass_cost("context", batch, batch * self.canvas_length, batch * context_len, 0)
+
+    def block_seconds(self, mode: PlannedMode, load: Load) -> float:
+        """Seconds until each of the open requests has, on average, one canvas length of tokens more."""
+        return self._ar_block_seconds(load) if mode == "ar" else self._diffusion_block_seconds(load)
+
+    def _ar_block_seconds(self, load: Load) -> float:
+        """A step gives every request a token; in some steps new prompts are read in the same pass.
+
+        The prompt's pass gives the first token, so that a step of B requests starts B / output_tokens on average.
+        """
+        batch, context_len = load.num_open, load.context_len
+        step = self.ar_pass(batch, context_len).seconds
+        some_start = 1 - (1 - 1 / load.output_tokens) ** batch
+        if some_start and load.prompt_tokens:
+            starting = batch / load.output_tokens / some_start
+            old = batch - starting
+            tokens = old + starting * load.prompt_tokens
+            with_prompts = self.pass_cost("context", batch, tokens, old * context_len, batch).seconds
+            step += some_start * (with_prompts - step)
+        return self.canvas_length * (self.hardware.seconds_per_step + step)
+
+    def _diffusion_block_seconds(self, load: Load) -> float:
+        """A request goes through s steps a block, and through one more for its prompt; its last block is not committed.
+
+        Requests are in different phases. In a step, the context tower commits whatever was finished in the step before,
+        and reads what prompts there are; then the denoiser makes one pass after the other over the canvases that are
+        not finished yet.
+        """
+        batch, context_len = load.num_open, load.context_len
+        denoising_steps, *unfinished = load.steps_per_block.in_steps_of(load.passes_per_step)
+        prompts_per_block = min(1.0, self.canvas_length / load.output_tokens)
+        steps = denoising_steps + prompts_per_block
+        starts, commits = prompts_per_block / steps, (1 - prompts_per_block) / steps  # of a request, in a step
+        some_start = 1 - (1 - starts) ** batch
+        step = self.hardware.seconds_per_step
+        step += (1 - some_start) * self._blocks_pass_seconds("context", batch, commits / (1 - starts), context_len)
+        if some_start:
+            starting, committing = batch * starts / some_start, batch * commits
+            tokens = starting * load.prompt_tokens + committing * self.canvas_length
+            context_tokens = committing * context_len
+            step += some_start * self.pass_cost("context", starting + committing, tokens, context_tokens, 0).seconds
+        for share in unfinished:
+            step += self._blocks_pass_seconds("denoiser", batch, (1 - starts) * share, context_len)
+        return steps * step
+
+    def tokens_per_second(self, mode: PlannedMode, load: Load) -> float:
+        """Tokens/s of all open requests together."""
+        return load.num_open * self.canvas_length / self.block_seconds(mode, load)
+
+    def crossovers(self, load: Load, max_open: int = 1024) -> list[tuple[int, int]]:
+        """The windows, first and last number of open requests in 1 ... ``max_open``, where diffusion is faster.
+
+        ``load.num_open`` does not matter.
+        """
+        windows: list[tuple[int, int]] = []
+        for num_open in range(1, max_open + 1):
+            at = load._replace(num_open=num_open)
+            if self._diffusion_block_seconds(at) >= self._ar_block_seconds(at):
+                continue
+            if windows and windows[-1][1] == num_open - 1:
+                windows[-1] = (windows[-1][0], num_open)
+            else:
+                windows.append((num_open, num_open))
+        return windows
+
+    def max_requests(self, context_len: int, usable_share: float = 0.9) -> int:
+        """Requests of ``context_len`` tokens that fit beside the weights in ``usable_share`` of a GPU's memory.
+
+        Negative if not even the weights fit.
+        """
+        left = self.hardware.memory_bytes * usable_share - self.size.weight_bytes
+        return int(left // self.size.request_bytes(context_len))

@@ -1,0 +1,137 @@
+"""How large a TwoTower is on each GPU: weights, what a pass reads of them, state and KV bytes of a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_twotower.checkpoint import TwoTowerConfig
+
+
+def check_tensor_parallel_size(config: TwoTowerConfig, size: int) -> None:
+    """Raises ValueError if the heads, groups or widths of the model cannot be divided over ``size`` GPUs.
+
+    The rules are vLLM's: KV heads may be replicated, one Mamba group may be, the vocabulary is padded.
+    """
+    dimensions = []
+    if "*" in config.pattern:
+        dimensions += ["num_attention_heads"]
+        key_value_heads = config.num_key_value_heads
+        if key_value_heads % size and size % key_value_heads:
+            raise ValueError(f"{size} and num_key_value_heads ({key_value_heads}): one must divide the other")
+    if "M" in config.pattern:
+        dimensions += ["mamba_num_heads"] + (["n_groups"] if config.n_groups > 1 else [])
+    if "E" in config.pattern:
+        dimensions += ["moe_intermediate_size", "moe_shared_expert_intermediate_size"]
+    if "-" in config.pattern:
+        dimensions += ["intermediate_size"]
+    for name in dimensions:
+        if getattr(config, name) % size:
+            raise ValueError(f"{size} does not divide {name} ({getattr(config, name)})")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes on one of ``tensor_parallel_size`` GPUs; both towers have the same.
+
+    ``dense`` is a tower without embeddings, experts and head; ``expert`` one routed expert of one layer; ``time`` the
+    denoiser's time conditioning. ``dense_parameters``, ``expert_parameters`` and ``head_parameters`` are what is
+    multiplied with a token, 2 FLOPs each; ``time_parameters`` with a row.
+    """
+
+    tensor_parallel_size: int
+    dense_bytes: float
+    embedding_bytes: float
+    head_bytes: float
+    expert_bytes: float
+    time_bytes: float
+    dense_parameters: float
+    head_parameters: float
+    expert_parameters: float
+    time_parameters: float
+    num_moe_layers: int
+    num_experts: int
+    kv_bytes_per_token: float
+    """Keys and values of all attention layers; the denoiser uses the context tower's."""
+    state_bytes: float
+    """One request's Mamba states: convolution in the model's dtype, SSM in its own."""
+
+    @classmethod
+    def of(
+        cls,
+        config: TwoTowerConfig,
+        tensor_parallel_size: int,
+        dtype_bytes: float,
+        expert_dtype_bytes: float,
+        ssm_dtype_bytes: float,
+    ) -> ModelSize:
+        """Adds up the tensors of the checkpoint layout; raises ValueError as :func:`check_tensor_parallel_size`.
+
+        Norms, routers and the time conditioning are replicated, KV heads where there are more GPUs than heads; all
+        other tensors are divided.
+        """
+        from vllm_twotower.checkpoint import tensor_shapes  # which imports torch
+
+        check_tensor_parallel_size(config, tensor_parallel_size)
+        key_value_shards = min(tensor_parallel_size, config.num_key_value_heads)
+        dense = embedding = head = experts = time = 0.0
+        for name, shape in tensor_shapes(config).items():
+            count, shards = prod(shape), tensor_parallel_size
+            if name.startswith(("context_tower.", "context_lm_head.")):
+                continue  # the same again
+            if name.startswith("lm_head."):
+                head += count / shards
+            elif not name.startswith("denoiser_tower."):
+                time += count
+            elif ".embeddings." in name:
+                embedding += count / shards
+            elif ".experts." in name:
+                experts += count / shards
+            elif ".gate." in name or name.endswith((".norm_f.weight",)) or ".mixer." not in name:
+                dense += count
+            else:
+                dense += count / (key_value_shards if ".k_proj." in name or ".v_proj." in name else shards)
+        num_moe_layers = config.pattern.count("E")
+        expert = experts / (num_moe_layers * config.n_routed_experts) if num_moe_layers else 0.0
+        key_value_width = 2 * config.num_key_value_heads * config.head_dim / key_value_shards
+        conv = (config.conv_kernel - 1) * _conv_channels(config, tensor_parallel_size) * dtype_bytes
+        ssm = config.mamba_intermediate_size * config.ssm_state_size / tensor_parallel_size * ssm_dtype_bytes
+        return cls(
+            tensor_parallel_size=tensor_parallel_size,
+            dense_bytes=dense * dtype_bytes,
+            embedding_bytes=embedding * dtype_bytes,
+            head_bytes=head * dtype_bytes,
+            expert_bytes=expert * expert_dtype_bytes,
+            time_bytes=time * dtype_bytes,
+            dense_parameters=dense,
+            head_parameters=head,
+            expert_parameters=expert,
+            time_parameters=time,
+            num_moe_layers=num_moe_layers,
+            num_experts=config.n_routed_experts if num_moe_layers else 0,
+            kv_bytes_per_token=config.pattern.count("*") * key_value_width * dtype_bytes,
+            state_bytes=config.pattern.count("M") * (conv + ssm),
+        )
+
+    @property
+    def all_expert_bytes(self) -> float:
+        """The routed experts of one tower."""
+        return self.num_moe_layers * self.num_experts * self.expert_bytes
+
+    @property
+    def weight_bytes(self) -> float:
+        """Both towers, both heads and the time conditioning."""
+        return 2 * (self.dense_bytes + self.embedding_bytes + self.head_bytes + self.all_expert_bytes) + self.time_bytes
+
+    def request_bytes(self, context_len: int) -> float:
+        """What a request of ``context_len`` tokens holds: one state a Mamba layer and its pages."""
+        return self.state_bytes + context_len * self.kv_bytes_per_token
+
+
+def _conv_channels(config: TwoTowerConfig, tensor_parallel_size: int) -> float:
+    groups = 2 * config.n_groups * config.ssm_state_size
+    if config.n_groups > 1:
+        groups /= tensor_parallel_size
+    return config.mamba_intermediate_size / tensor_parallel_size + groups
