@@ -91,13 +91,13 @@ class Served:
         if task.mode != "mask_diffusion":
             return whole_pages(total - (1 if task.mode == "ar" else 2))
         end = len(task.prompt) + -(-task.max_tokens // task.width) * task.width
-        return whole_pages(end - task.width if self.commit == "lazy" else total)
+        return whole_pages(total if self.commit == "separate" else end - task.width)
 
 
 @pytest.fixture(
     scope="module",
-    params=[("lazy", 0), ("lazy", PAGE), ("separate", PAGE)],
-    ids=["lazy-prompts", "lazy-all", "separate-all"],
+    params=[("lazy", 0), ("lazy", PAGE), ("grouped", PAGE), ("separate", PAGE)],
+    ids=["lazy-prompts", "lazy-all", "grouped-all", "separate-all"],
 )
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     """Prefix caching is on by default; then of prompts, or of generated text too."""
@@ -163,7 +163,7 @@ def test_around_the_end_of_a_page(empty: Served, mode: str) -> None:
 
 @pytest.mark.parametrize("last", ["ends the page", "lies across its end"])
 def test_a_block_that_was_not_read_is_not_found(empty: Served, last: str) -> None:
-    """With the lazy commit nobody reads the last block: the page with its emitted tokens must not be served."""
+    """Nobody reads the last block, unless it is committed before it is returned: its tokens must not be served."""
     task = Task(random_prompt(2 * PAGE - (48 if last == "ends the page" else 40), 5), 48)
     assert run(empty.llm, [task]) == [0]
     found = 2 * PAGE if empty.commit == "separate" else PAGE
