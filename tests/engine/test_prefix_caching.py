@@ -260,6 +260,28 @@ def test_preemption_and_eviction(commit: str, monkeypatch: pytest.MonkeyPatch) -
         assert_idle(llm)
 
 
+def test_a_prompt_beside_blocks_is_read_in_parts_of_pages() -> None:
+    """It does not wait for steps with room for a whole page, and its pages are found all the same."""
+    with running_engine(golden_data.checkpoint("A"), {"prompt_tokens_beside_blocks": 32}) as llm:
+        engine, ends = llm.llm_engine, []
+        blocks = [Task(random_prompt(9, seed), 400) for seed in range(4)]
+        late = Task(random_prompt(2 * PAGE + 44, 4), 8)
+
+        def step() -> None:
+            ends.extend(output for output in engine.step() if output.finished)
+
+        for i, task in enumerate(blocks):
+            engine.add_request(str(i), {"prompt_token_ids": list(task.prompt)}, task.params())
+        for _ in range(4):
+            step()
+        engine.add_request("late", {"prompt_token_ids": list(late.prompt)}, late.params())
+        while engine.has_unfinished_requests():
+            step()
+        assert ends[0].request_id == "late"
+        assert tokens_of(ends[:1]) == [late.tokens]
+        assert run(llm, [late]) == [2 * PAGE]
+
+
 @pytest.mark.parametrize("checkpoint", ["B", "C"])
 def test_other_checkpoints(checkpoint: str) -> None:
     with running_engine(golden_data.checkpoint(checkpoint), prefix_cache_retention_interval=None) as llm:
