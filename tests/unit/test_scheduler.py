@@ -29,10 +29,12 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_twotower
 from vllm_twotower.engine.metrics import GAUGES, HELP, STEPS_PER_BLOCK, RequestDenoisingMetrics, StepCosts, TwoTowerProm
+from vllm_twotower.engine.mode_control import ModeControl
 from vllm_twotower.engine.prefix_cache import check_page_size
 from vllm_twotower.engine.scheduler import TwoTowerScheduler
 from vllm_twotower.engine.vllm_config import SCHEDULER_CLS
 from vllm_twotower.patches.registry import TWO_TOWER_ARCHITECTURE
+from vllm_twotower.planning.mode_choice import ModeDecision
 
 WIDTH = 16
 PAGE = 16
@@ -311,6 +313,19 @@ def test_an_autoregressive_requests_pages() -> None:
             step(made, {mode: 1})
             pages.append(cached_pages(made))
         assert pages == expected
+
+
+def test_single_tokens_of_an_auto_request_are_read_a_step_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    decision = ModeDecision("ar", "as told", 1.0, 1.0)
+    monkeypatch.setattr(ModeControl, "choose", lambda self, *args: decision)
+    made = scheduler(enable_prefix_caching=True)
+    add(made, "a", PAGE - 1, max_tokens=5, mode="auto")
+    pages = []
+    for _ in range(3):
+        step(made, {"a": 1}, passes={"a": 1})
+        pages.append(cached_pages(made))
+    assert made.requests["a"].num_computed_tokens == PAGE + 2
+    assert pages == [0, 0, 1]
 
 
 def test_pages_hold_two_canvases() -> None:
