@@ -10,7 +10,6 @@ START_MODULES = (
     "model_runner_choice",
     "sampling_params",
     "structured_outputs",
-    "prefix_caching_default",
     "diffusion_metrics",
 )
 WORKER_MODULES = (

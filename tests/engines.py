@@ -68,9 +68,11 @@ def diffusion_params(run: DiffusionRun, **overrides: Any) -> SamplingParams:
     return SamplingParams(**{**options, **overrides})
 
 
-def generate(llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[RequestOutput]:
-    """All requests at once."""
-    return llm.generate([{"prompt_token_ids": list(p)} for p in prompts], list(params), use_tqdm=False)
+def generate(
+    llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], **options: Any
+) -> list[RequestOutput]:
+    """All requests at once; ``options`` go to ``LLM.generate``."""
+    return llm.generate([{"prompt_token_ids": list(p)} for p in prompts], list(params), use_tqdm=False, **options)
 
 
 def tokens_of(outputs: Sequence[RequestOutput]) -> list[tuple[int, ...]]:

@@ -46,7 +46,13 @@ def random_prompt(length: int, seed: int) -> tuple[int, ...]:
 @pytest.fixture(scope="module", params=["lazy", "grouped"])
 def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
     options = {"commit": request.param, "mode": "auto"}
-    with running_engine(CHECKPOINT, options, max_num_batched_tokens=128, disable_log_stats=False) as llm:
+    with running_engine(
+        CHECKPOINT,
+        options,
+        max_num_batched_tokens=128,
+        disable_log_stats=False,
+        prefix_cache_retention_interval=128,
+    ) as llm:
         yield llm
         assert_idle(llm)
 
@@ -96,6 +102,25 @@ def test_switches_at_any_border(llm: LLM, choices: dict[str, list[bool]], monkey
         assert tokens_of([output]) == [tokens[: param.max_tokens]]
         pairs |= set(zip(made, made[1:], strict=False))
     assert pairs == {(False, False), (False, True), (True, False), (True, True)}
+
+
+def test_text_of_both_modes_is_found(llm: LLM, choices: dict[str, list[bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A next turn reads the pages that blocks and single tokens filled; these lie across the pages' ends."""
+    at_random(monkeypatch, 0.5)
+    prompts = [random_prompt(121 - 3 * i, 50 + i) for i in range(8)]
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=60)
+    outputs = generate(llm, prompts, [params] * len(prompts))
+    longer = []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens = ()
+        for is_single in choices[output.request_id]:
+            tokens += part(prompt + tokens, is_single, 16)
+        assert tokens_of([output]) == [tokens[:60]]
+        longer.append(prompt + tokens[:60])
+    plain = SamplingParams(temperature=0, ignore_eos=True, max_tokens=16, extra_args={"diffusion_mode": "ar"})
+    outputs = generate(llm, longer, [plain] * len(longer))
+    assert tokens_of(outputs) == [part(text, True, 16) for text in longer]
+    assert [output.num_cached_tokens for output in outputs] == [128] * len(longer)
 
 
 def test_preempted_requests_go_on(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

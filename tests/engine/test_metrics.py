@@ -35,6 +35,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 DENOISING_STEPS = "vllm:diffusion_num_denoising_steps"
 CANVAS_POSITIONS = "vllm:diffusion_num_canvas_positions"
 COMMITTED_TOKENS = "vllm:diffusion_num_committed_tokens"
+PAGE = 128
 STATISTICS = {"disable_log_stats": False, "per_request_spec_decode_metrics": "detailed"}
 
 
@@ -170,8 +171,9 @@ class Served:
 
 @pytest.fixture(scope="module", params=["lazy", "grouped", "separate"])
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    """Little room in a step."""
+    """Little room in a step; commits stop at the ends of pages."""
     tight = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "long_prefill_token_threshold": 50}
+    tight["prefix_cache_retention_interval"] = PAGE
     with running_engine(CHECKPOINT, {"commit": request.param}, **tight, **STATISTICS) as llm:
         yield Served(llm, request.param)
         assert_idle(llm)
@@ -185,6 +187,8 @@ BATCH = [
     Task(random_prompt(70), 50, width=13, steps=4, threshold=0.5),
     Task(random_prompt(2), 48, steps=3, threshold=1.0),
     Task(random_prompt(40), 7, width=5, threshold=0.3),
+    Task(random_prompt(PAGE - 9), 40),
+    Task(random_prompt(2 * PAGE - 10), 40, width=10),
 ]
 
 
@@ -241,6 +245,7 @@ def test_forced_blocks(served: Served, steps: int) -> None:
 def test_autoregressive(served: Served, mode: str, length: int) -> None:
     """Alone, a prompt is read in chunks of 64 tokens. The denoiser of mock_ar is not denoising a block."""
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=10, extra_args={"diffusion_mode": mode})
+    served.llm.reset_prefix_cache()
     with counted(served.llm) as count:
         [output] = generate(served.llm, [random_prompt(length)], [params])
     assert len(output.outputs[0].token_ids) == 10
@@ -297,8 +302,7 @@ def test_prompt_logprobs_come_with_the_first_block(served: Served) -> None:
     assert output.prompt_logprobs[0] is None
     assert all(token in scores for token, scores in zip(prompt[1:], output.prompt_logprobs[1:], strict=True))
     scheduler = core(served.llm).scheduler
-    assert not scheduler._held_logprobs
-    assert not scheduler._held_token_id_logprobs
+    assert not scheduler._held_scores
 
 
 def test_aborted_requests(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +337,7 @@ def test_aborted_requests(served: Served, monkeypatch: pytest.MonkeyPatch) -> No
                     engine.abort_request([name])
         engine.step()  # the worker forgets the last one
     count.check_worker()
-    assert not scheduler._held_logprobs
+    assert not scheduler._held_scores
     run(served.llm, BATCH[:1])
 
 
@@ -354,7 +358,7 @@ def test_documented(served: Served) -> None:
 def test_preemption(commit: str) -> None:
     """A request that is thrown out starts its block again; the passes it had were passes, but are in no block."""
     page = 64 << 10  # 128 tokens of keys and values, or one state, of this checkpoint
-    few_pages = {"max_model_len": 256, "kv_cache_memory_bytes": 14 * page}
+    few_pages = {"max_model_len": 256, "kv_cache_memory_bytes": 12 * page}
     tasks = [Task(random_prompt(95 + 3 * i, i), 60) for i in range(8)]
     one_pass = {"commit": commit, "denoise_steps_per_engine_step": 1}  # so that steps end within blocks
     with running_engine(CHECKPOINT, one_pass, **few_pages, **STATISTICS) as llm:

@@ -24,16 +24,12 @@ def config(**options: Any):
     [
         ({"attention_backend": "FLASHINFER"}, ("attention_config.backend", "FLASHINFER", "FLASH_ATTN")),
         ({"pipeline_parallel_size": 2}, ("pipeline_parallel_size=2", "tensor parallelism")),
-        ({"enable_prefix_caching": True}, ("enable_prefix_caching=True", "lazy")),
-        (
-            {"enable_prefix_caching": True, "additional_config": {"twotower": {"commit": "separate"}}},
-            ("enable_prefix_caching=True", "Mamba"),
-        ),
+        ({"prefix_match_unit": 16}, ("prefix_match_unit=16", "whole pages")),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            ("kv_connector='ExampleConnector'", "lazy"),
+            ("kv_connector='ExampleConnector'", "device's memory"),
         ),
-        ({"kv_offloading_size": 1.0}, ("kv_offloading_size=1.0", "lazy")),
+        ({"kv_offloading_size": 1.0}, ("kv_offloading_size=1.0", "device's memory")),
         ({"enable_lora": True}, ("enable_lora", "LoRA")),
         ({"async_scheduling": True}, ("async_scheduling=True",)),
         (
@@ -66,9 +62,16 @@ def test_model_runner_v1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_defaults_start() -> None:
     made = config()
-    assert made.cache_config.enable_prefix_caching is False
+    assert made.cache_config.enable_prefix_caching
+    assert made.cache_config.mamba_cache_mode == "align"
     assert made.diffusion_config.canvas_length == 16
     assert made.use_v2_model_runner
+
+
+def test_prefix_caching_can_be_turned_off() -> None:
+    made = config(enable_prefix_caching=False)
+    assert not made.cache_config.enable_prefix_caching
+    assert made.cache_config.mamba_cache_mode == "none"
 
 
 def test_diffusion_config_sets_the_canvas() -> None:

@@ -124,7 +124,6 @@ def test_no_cpu_kernel_where_triton_works(monkeypatch):
     assert applied == {
         "sampling-params-validation",
         "structured-outputs-validation",
-        "prefix-caching-default",
         "grammar-bitmask",
         "diffusion-metrics",
     }

@@ -13,9 +13,11 @@ import torch
 pytest.importorskip("vllm")
 from vllm import EngineArgs, SamplingParams
 from vllm.config import VllmConfig
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
@@ -27,11 +29,15 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_twotower
 from vllm_twotower.engine.metrics import GAUGES, HELP, STEPS_PER_BLOCK, RequestDenoisingMetrics, StepCosts, TwoTowerProm
+from vllm_twotower.engine.mode_control import ModeControl
+from vllm_twotower.engine.prefix_cache import check_page_size
 from vllm_twotower.engine.scheduler import TwoTowerScheduler
 from vllm_twotower.engine.vllm_config import SCHEDULER_CLS
 from vllm_twotower.patches.registry import TWO_TOWER_ARCHITECTURE
+from vllm_twotower.planning.mode_choice import ModeDecision
 
 WIDTH = 16
+PAGE = 16
 
 
 class OwnScheduler(TwoTowerScheduler):
@@ -71,18 +77,19 @@ def test_level_of_request_metrics_reaches_the_scheduler(level: str) -> None:
     assert scheduler(per_request_spec_decode_metrics=level).spec_decode_metrics_level == level
 
 
-def scheduler(**options: Any) -> TwoTowerScheduler:
-    """A scheduler with ten thousand pages; the cache's layout does not matter here."""
-    made = config(max_num_batched_tokens=128, max_num_seqs=4, **options)
-    made.cache_config.num_gpu_blocks = 10_000
+def scheduler(enable_prefix_caching: bool = False, num_pages: int = 10_000, **options: Any) -> TwoTowerScheduler:
+    """A scheduler with so many pages; the cache's layout does not matter here."""
+    made = config(max_num_batched_tokens=128, max_num_seqs=4, enable_prefix_caching=enable_prefix_caching, **options)
+    made.cache_config.num_gpu_blocks = num_pages
+    init_none_hash(sha256)
     group = KVCacheGroupSpec(
-        ["layer"], FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=torch.float32)
+        ["layer"], FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=1, dtype=torch.float32)
     )
     return TwoTowerScheduler(
         vllm_config=made,
-        kv_cache_config=KVCacheConfig(10_000, [], [group]),
+        kv_cache_config=KVCacheConfig(num_pages, [], [group]),
         structured_output_manager=StructuredOutputManager(made),
-        block_size=16,
+        block_size=PAGE,
         log_stats=True,
     )
 
@@ -93,12 +100,19 @@ def lazy() -> TwoTowerScheduler:
 
 
 def add(
-    made: TwoTowerScheduler, name: str, prompt_len: int, max_tokens: int = WIDTH, mode: str = "mask_diffusion"
+    made: TwoTowerScheduler,
+    name: str,
+    prompt_len: int,
+    max_tokens: int = WIDTH,
+    mode: str = "mask_diffusion",
+    priority: int = 0,
 ) -> None:
     params = SamplingParams(
         temperature=0, ignore_eos=True, max_tokens=max_tokens, extra_args={"diffusion_mode": mode}, prompt_logprobs=0
     )
-    made.add_request(Request(name, [7] * prompt_len, params, pooling_params=None))
+    hasher = get_request_block_hasher(PAGE, sha256)
+    request = Request(name, [7] * prompt_len, params, pooling_params=None, block_hasher=hasher, priority=priority)
+    made.add_request(request)
 
 
 def step(
@@ -143,22 +157,19 @@ def test_prompt_scores_wait_for_the_first_block(lazy: TwoTowerScheduler) -> None
     assert output.new_prompt_logprobs_tensors is SCORES
     assert output.prompt_token_id_logprobs.tolist() == [1]
     assert output.finished
-    assert not lazy._held_logprobs
-    assert not lazy._held_token_id_logprobs
+    assert not lazy._held_scores
 
 
 def test_prompt_scores_go_with_their_request(lazy: TwoTowerScheduler) -> None:
     """Aborted while it waits for its first block, and while the step runs that returns the scores."""
     add(lazy, "a", 5)
     step(lazy, {}, {"a": SCORES}, {"a": torch.ones(1)})
-    assert lazy._held_logprobs
+    assert lazy._held_scores
     lazy.finish_requests("a", RequestStatus.FINISHED_ABORTED)
-    assert not lazy._held_logprobs
-    assert not lazy._held_token_id_logprobs
+    assert not lazy._held_scores
     add(lazy, "b", 5)
     assert not step(lazy, {}, {"b": SCORES}, {"b": torch.ones(1)}, abort_meanwhile="b")
-    assert not lazy._held_logprobs
-    assert not lazy._held_token_id_logprobs
+    assert not lazy._held_scores
     step(lazy, {})
     assert not lazy._rows
 
@@ -231,6 +242,95 @@ def test_autoregressive_requests_have_no_drafts(lazy: TwoTowerScheduler) -> None
         "mock_ar": 0,
     }
     assert lazy.schedule().num_scheduled_tokens == {"mask_diffusion": WIDTH, "ar": 1, "mock_ar": 1}
+
+
+def cached_pages(made: TwoTowerScheduler) -> int:
+    return len(made.kv_cache_manager.block_pool.cached_block_hash_to_block)
+
+
+@pytest.mark.parametrize("commit", ["lazy", "separate"])
+def test_pages_are_cached_once_they_were_read(commit: str) -> None:
+    """The context tower reads a block in the step after it was returned, or in the step that returns it."""
+    made = scheduler(enable_prefix_caching=True, additional_config={"twotower": {"commit": commit}})
+    add(made, "a", PAGE + 4, max_tokens=4 * WIDTH)
+    pages = []
+    for sampled in (0, 0, WIDTH, 0, WIDTH, WIDTH, WIDTH):
+        step(made, {"a": sampled}, passes={"a": 3})
+        pages.append(cached_pages(made))
+    assert pages == ([1, 1, 1, 1, 2, 2, 4] if commit == "lazy" else [1, 1, 1, 2, 2, 3, 5])
+
+
+@pytest.mark.parametrize("event", ["preempted", "aborted", "aborted meanwhile", "in part"])
+def test_an_unread_block_is_not_cached(event: str) -> None:
+    made = scheduler(enable_prefix_caching=True)
+    add(made, "a", 2 * PAGE - 4, max_tokens=4 * WIDTH)
+    step(made, {})
+    step(made, {"a": WIDTH})
+    if event == "preempted":
+        made._preempt_request(made.running.pop(), 0)
+    elif event == "aborted":
+        made.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    elif event == "aborted meanwhile":
+        step(made, {}, abort_meanwhile="a")
+    else:
+        made.requests["a"].spec_token_ids = [3] * (WIDTH - 1)
+        step(made, {})
+        step(made, {})
+    assert cached_pages(made) == 1
+
+
+def test_a_chunk_preempted_in_its_step_is_not_cached() -> None:
+    """With priorities a request can be thrown out after its next chunk was scheduled."""
+    made = scheduler(
+        enable_prefix_caching=True,
+        num_pages=11,  # one is never used
+        scheduling_policy="priority",
+        long_prefill_token_threshold=2 * PAGE,
+    )
+    made.adaptive_long_prefill_threshold = False
+    made._step_budget = 3 * PAGE
+    add(made, "low", 7 * PAGE, priority=1)
+    step(made, {})
+    add(made, "high", 3 * PAGE)
+    step(made, {})
+    assert made.requests["low"].num_computed_tokens == 5 * PAGE
+    assert list(made.schedule().num_scheduled_tokens) == ["high"]
+    assert made.requests["low"].num_preemptions == 1
+    assert cached_pages(made) == 5
+
+
+def test_an_autoregressive_requests_pages() -> None:
+    """The newest token of a mock_ar request, and the one before it, are read later."""
+    made = scheduler(enable_prefix_caching=True)
+    for mode, expected in (("ar", [1, 1, 1]), ("mock_ar", [0, 0, 1])):
+        assert made.reset_prefix_cache()
+        add(made, mode, PAGE, max_tokens=3, mode=mode)
+        pages = []
+        for _ in expected:
+            step(made, {mode: 1})
+            pages.append(cached_pages(made))
+        assert pages == expected
+
+
+def test_single_tokens_of_an_auto_request_are_read_a_step_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    decision = ModeDecision("ar", "as told", 1.0, 1.0)
+    monkeypatch.setattr(ModeControl, "choose", lambda self, *args: decision)
+    made = scheduler(enable_prefix_caching=True)
+    add(made, "a", PAGE - 1, max_tokens=5, mode="auto")
+    pages = []
+    for _ in range(3):
+        step(made, {"a": 1}, passes={"a": 1})
+        pages.append(cached_pages(made))
+    assert made.requests["a"].num_computed_tokens == PAGE + 2
+    assert pages == [0, 0, 1]
+
+
+def test_pages_hold_two_canvases() -> None:
+    spec = MambaSpec(block_size=30, shapes=((1,),), dtypes=(torch.float32,), mamba_cache_mode="align")
+    cache = KVCacheConfig(9, [], [KVCacheGroupSpec(["layer"], spec)])
+    check_page_size(cache, 15)
+    with pytest.raises(ValueError, match=r"canvas_length=16 .* pages of 30 tokens: set block_size=32"):
+        check_page_size(cache, 16)
 
 
 COSTS = StepCosts(3, 40, 32, 5, 1, 4, 7, 1, 250, 125, [2, 16])

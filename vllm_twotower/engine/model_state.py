@@ -27,6 +27,7 @@ from vllm_twotower.config import EngineOptions
 from vllm_twotower.model.denoiser import DENOISER_PREFIX, CanvasRows
 
 from .blocks import Blocks
+from .prefix_cache import commit_interval, move_states, state_block_size, state_column
 from .request_table import RequestTable
 from .sampler import TwoTowerSampler
 from .staging import Staging
@@ -56,8 +57,10 @@ class TwoTowerModelState(ModelState):
         return plan
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
-        """Notes which state slot each Mamba layer's group has, and the page sizes."""
+        """Notes which block table each Mamba layer's states are in, and the page sizes."""
         self._block_sizes = block_tables.block_sizes
+        self._state_block_size = state_block_size(kv_cache_config, self.max_model_len)
+        self._commit_interval = commit_interval(kv_cache_config, self.max_model_len)
         groups = enumerate(kv_cache_config.kv_cache_groups)
         self._mamba_groups = {group_id for group_id, group in groups if isinstance(group.kv_cache_spec, MambaSpec)}
         self._mamba_layers = {
@@ -103,6 +106,7 @@ class TwoTowerModelState(ModelState):
             query_start,
             table,
             self.max_model_len,
+            self._commit_interval,
         )
         input_ids = input_batch.input_ids[: input_batch.num_tokens]
         blocks = Blocks(split.blocks, slots[split.blocks.batch_rows], table, staging) if len(split.blocks) else None
@@ -112,6 +116,7 @@ class TwoTowerModelState(ModelState):
         if len(split.context):
             groups = [[group for group in groups if not _is_denoiser(group)] for groups in attn_groups]
             tables = self._rows_of(block_tables, split.context, num_reqs)
+            self._move_states(split.context, tables)
             metadata |= self._tower_metadata(split.context, tables, groups, kv_cache_config, plan.slot_mapping)
         if len(split.canvas):
             self._denoiser = _Denoiser(
@@ -143,7 +148,7 @@ class TwoTowerModelState(ModelState):
         """The denoiser's metadata for rows of this step, kept until they change."""
         step = self._denoiser
         tables = self._rows_of(step.block_tables, rows, step.num_reqs)
-        state_indices = {name: tables[group][:, 0] for name, group in self._mamba_layers.items()}
+        state_indices = self._state_indices(rows, tables)
         step.rows = canvas_rows(rows, num_mock_ar, state_indices, self.staging)
         step.slot_mapping = {}
         step.metadata = self._tower_metadata(rows, tables, step.groups, step.kv_cache_config, step.slot_mapping)
@@ -156,6 +161,22 @@ class TwoTowerModelState(ModelState):
         index = self.staging.put(rows.batch_rows)
         self.staging.send()
         return [table[index] for table in block_tables]
+
+    def _move_states(self, rows: TowerRows, block_tables: list[torch.Tensor]) -> None:
+        layers = self.vllm_config.compilation_config.static_forward_context
+        move_states(
+            rows.starts,
+            rows.seq_lens,
+            self._state_block_size,
+            ((block_tables[group], layers[name].kv_cache) for name, group in self._mamba_layers.items()),
+        )
+
+    def _state_indices(self, rows: TowerRows, block_tables: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The slot (rows,) of the state before each row, by context layer."""
+        columns = self.staging.put(state_column(rows.starts, self._state_block_size))
+        self.staging.send()
+        of_group = {group: block_tables[group].gather(1, columns[:, None])[:, 0] for group in self._mamba_groups}
+        return {name: of_group[group] for name, group in self._mamba_layers.items()}
 
     def _tower_metadata(
         self,

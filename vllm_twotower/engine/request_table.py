@@ -31,7 +31,8 @@ class RequestTable:
     NumPy arrays hold what decides which rows a step runs; tensors on ``device`` hold what the sampler computes with.
     ``pending`` counts the tokens in ``pending_tokens`` that the context tower must read next: a finished block, the
     newest token of an ``ar`` request, the token before the newest of a ``mock_ar`` one. An ``auto`` request may have
-    either of the first two.
+    either of the first two. ``read`` tokens before the pending ones were read in the step before, up to where a state
+    is cached.
     """
 
     def __init__(self, max_num_reqs: int, engine: EngineOptions, vocab_size: int, device: torch.device):
@@ -42,6 +43,7 @@ class RequestTable:
         self.strategy_names = list(strategies())
         self.width = np.zeros(max_num_reqs, dtype=np.int64)
         self.pending = np.zeros(max_num_reqs, dtype=np.int64)
+        self.read = np.zeros(max_num_reqs, dtype=np.int64)
         self.is_ar = np.zeros(max_num_reqs, dtype=bool)
         self.is_mock_ar = np.zeros(max_num_reqs, dtype=bool)
         self.is_auto = np.zeros(max_num_reqs, dtype=bool)
@@ -74,7 +76,7 @@ class RequestTable:
         """
         options = RequestOptions.of(params, self.engine)
         self.width[slot] = options.canvas_length
-        self.pending[slot] = 0
+        self.pending[slot] = self.read[slot] = 0
         self.is_ar[slot] = options.mode == "ar"
         self.is_mock_ar[slot] = options.mode == "mock_ar"
         self.is_auto[slot] = options.mode == "auto"

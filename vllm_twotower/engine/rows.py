@@ -13,6 +13,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm_twotower.config import FIRST_MODE, EngineOptions, RequestOptions
 
 from .metrics import RequestDenoisingMetrics, StepCosts
+from .prefix_cache import next_stop
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Row:
 
     The first ``prefill_len`` tokens are read as a prompt, after a preemption also those generated before. The block
     that is being filled had ``num_passes`` denoiser passes. An ``auto`` request generates single tokens while
-    ``is_single``, of which it has ``num_singles`` since its last choice; ``at_border``: it may choose again.
+    ``is_single``, of which it has ``num_singles`` since its last choice; ``at_border``: it may choose again. Of the
+    tokens that vLLM counts as computed the context tower has yet to read the last ``unread``.
     """
 
     options: RequestOptions
@@ -46,6 +48,7 @@ class Row:
     is_single: bool = False
     num_singles: int = 0
     at_border: bool = False
+    unread: int = 0
 
     @classmethod
     def of(cls, new: NewRequestData, engine: EngineOptions, max_model_len: int) -> Row:
@@ -74,6 +77,16 @@ class Row:
         width = min(self.options.canvas_length, self.max_model_len - max(start, self.prefill_len))
         read = num_scheduled if start < self.prefill_len else 1 if self.is_single else width
         return RowWork(start, context * read, denoised, width, num_sampled)
+
+    def follow(self, work: RowWork, commits_before_returning: bool, commit_interval: int) -> None:
+        """Keeps account of what the context tower has yet to read; commits stop as in ``step_plan.split_rows``."""
+        start = work.context_len
+        if self.unread and work.context_tokens:
+            self.unread = max(0, start - next_stop(start - self.unread, commit_interval))
+        if work.num_sampled and self.options.fills_blocks:
+            self.unread = work.num_sampled
+            if commits_before_returning:
+                self.unread = max(0, start + work.num_sampled - next_stop(start, commit_interval))
 
     def count(self, work: RowWork, costs: StepCosts, metrics: RequestDenoisingMetrics | None, detailed: bool) -> None:
         """Adds the row's work to the step's costs and the request's metrics."""

@@ -203,7 +203,9 @@ class TwoTowerSampler:
             rows = async_tensor_h2d(emits, device=sampled.device)
             sampled[rows] = table.pending_tokens[async_tensor_h2d(slots[emits], device=sampled.device)]
             num_sampled[emits] = table.pending[slots[emits]]
-        table.pending[slots[plan.split.commits]] = 0
+        left = plan.split.still_pending
+        table.read[slots] = np.where(left > 0, table.read[slots] + table.pending[slots] - left, 0)
+        table.pending[slots] = left
 
     def _next_tokens(
         self,

@@ -14,8 +14,10 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_twotower.config import EngineOptions, RequestOptions
 
+from .held_scores import HeldPromptScores
 from .metrics import RequestDenoisingMetrics, StepCosts
 from .mode_control import ModeControl
+from .prefix_cache import FoundPages, check_page_size, commit_interval
 from .rows import Row, rows_work
 
 
@@ -33,8 +35,10 @@ class TwoTowerScheduler(DiffusionScheduler):
         self._rows: dict[str, Row] = {}
         self._mode_control: ModeControl | None = None  # as long as no request leaves the mode to it
         self._costs = StepCosts()
-        self._held_logprobs: dict[str, Any] = {}
-        self._held_token_id_logprobs: dict[str, Any] = {}
+        self._held_scores = HeldPromptScores()
+        check_page_size(self.kv_cache_config, options.canvas_length)
+        self._commit_interval = commit_interval(self.kv_cache_config, self.max_model_len)
+        self._found_pages = FoundPages(self.kv_cache_manager, self._unread)
 
     def add_request(self, request: Request) -> None:
         """Admits a request; vLLM's per-request metrics, where it made some, give way to ours."""
@@ -84,11 +88,11 @@ class TwoTowerScheduler(DiffusionScheduler):
             request = self.requests.get(req_id)
             metrics = None if request is None else request.spec_decode_metrics
             self._rows[req_id].count(of_row, self._costs, metrics, self.spec_decode_metrics_level == "detailed")
+            self._rows[req_id].follow(of_row, self._engine_options.commit == "separate", self._commit_interval)
         if self._mode_control is not None:
             self._mode_control.step_ends(list(work.values()), self._costs.steps_per_block)
         num_sampled = {req_id: of_row.num_sampled for req_id, of_row in work.items()}
-        self._hold(self._held_logprobs, model_runner_output.prompt_logprobs_dict, num_sampled)
-        self._hold(self._held_token_id_logprobs, model_runner_output.prompt_token_id_logprobs_dict, num_sampled)
+        self._held_scores.exchange(model_runner_output, num_sampled, self._is_waiting)
         for req_id, of_row in work.items():
             row, request = self._rows[req_id], self.requests.get(req_id)
             if request is not None and row.options.fills_blocks and of_row.context_len < row.prefill_len:
@@ -97,6 +101,23 @@ class TwoTowerScheduler(DiffusionScheduler):
             if request is not None and row.is_auto_at_border:
                 self._choose(row)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _unread(self, request: Request) -> int:
+        """How many of the tokens that vLLM counts as computed the context tower reads in a later step."""
+        row = self._rows.get(request.request_id)
+        is_new = request.num_computed_tokens == 0 or row is None  # or preempted
+        options = RequestOptions.of(request.sampling_params, self._engine_options) if is_new else row.options
+        if options.mode == "mock_ar":
+            return 1
+        return 0 if is_new else row.unread
+
+    def _mamba_block_aligned_split(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> int:
+        # Without room for a whole page a prompt would wait until the blocks beside it are finished.
+        return super()._mamba_block_aligned_split(request, num_new_tokens, *args, **kwargs) or num_new_tokens
+
+    def _free_request_blocks(self, request: Request) -> None:
+        self._found_pages.cache(request)
+        super()._free_request_blocks(request)
 
     def _choose(self, row: Row) -> None:
         """Sets how an ``auto`` request goes on, and counts it."""
@@ -111,20 +132,11 @@ class TwoTowerScheduler(DiffusionScheduler):
         self._costs.auto_ar_us = round(decision.ar_seconds * 1e6)
         self._costs.auto_diffusion_us = round(decision.diffusion_seconds * 1e6)
 
-    def _hold(self, held: dict[str, Any], returned: dict[str, Any], num_sampled: dict[str, int]) -> None:
-        """Takes from ``returned`` what vLLM could not send yet, and puts back what goes with a first output."""
-        for req_id, count in num_sampled.items():
-            request = self.requests.get(req_id)
-            if request is None or request.is_finished():
-                continue  # nobody waits for it
-            if count and req_id in held:
-                returned[req_id] = held.pop(req_id)
-            elif not count and req_id in returned:
-                held[req_id] = returned.pop(req_id)
+    def _is_waiting(self, req_id: str) -> bool:
+        return req_id in self.requests and not self.requests[req_id].is_finished()
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict | None, dict | None]:
-        self._held_logprobs.pop(request.request_id, None)
-        self._held_token_id_logprobs.pop(request.request_id, None)
+        self._held_scores.drop(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> None:

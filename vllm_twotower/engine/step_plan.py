@@ -5,6 +5,9 @@ request. A canvas row that holds a block the context tower has not read commits 
 being filled runs through the denoiser. One row can do both in one step: the context tower reads a finished block, or
 the last of a prompt, and the denoiser starts the next block.
 
+If Mamba states of generated text are cached, the context tower stops where they are. What a block has behind that
+position is read in the next step, and only then does the request go on.
+
 An ``ar`` row is as in any causal model: the context tower reads its newest token. A ``mock_ar`` row, NVIDIA's debugging
 mode, runs the denoiser without time conditioning on the newest token alone, after the context tower has read the token
 before it; so the last prompt token is the denoiser's too.
@@ -95,7 +98,7 @@ class RowSplit:
     the batch's rows: ``commits`` (tokens the context tower reads were pending), ``emits`` (these tokens are also
     returned in this step), ``next_token`` (the context head gives the row's next token). ``others_wait`` says whether
     further passes over the blocks would keep other rows waiting, not counting the ``num_held`` finished blocks that
-    wait for more of them.
+    wait for more of them. ``still_pending`` (rows,): how many tokens will be pending after the context tower's pass.
     """
 
     context: TowerRows
@@ -106,6 +109,7 @@ class RowSplit:
     next_token: np.ndarray
     others_wait: bool
     num_held: int
+    still_pending: np.ndarray
 
     @cached_property
     def canvas(self) -> TowerRows:
@@ -121,17 +125,20 @@ def split_rows(
     query_start: np.ndarray,
     table: RequestTable,
     max_model_len: int,
+    commit_interval: int,
 ) -> RowSplit:
-    """Decides what each row does; every argument but the last two is (rows,).
+    """Decides what each row does; every argument but the last three is (rows,).
 
     ``query_start`` is where a row's tokens begin in vLLM's batch. The last chunk of a prompt is followed by the first
     canvas, in pages that the scheduler has reserved. A canvas that was scheduled in part, because the token budget ran
     out, does nothing; near ``max_model_len`` a canvas is as wide as the room left. An ``auto`` row is autoregressive in
     this step if a single token is scheduled, or if its prompt ends and the request is to start so; that token is
-    returned, and counts as computed, before the context tower has read it, like a block.
+    returned, and counts as computed, before the context tower has read it, like a block. Commits stop at multiples of
+    ``commit_interval``.
     """
-    width, pending, is_ar, is_mock, is_auto = (
-        column[slots] for column in (table.width, table.pending, table.is_ar, table.is_mock_ar, table.is_auto)
+    width, pending, read, is_ar, is_mock, is_auto = (
+        column[slots]
+        for column in (table.width, table.pending, table.read, table.is_ar, table.is_mock_ar, table.is_auto)
     )
     policy = table.engine.commit
     is_block = ~(is_ar | is_mock)
@@ -147,25 +154,23 @@ def split_rows(
         if not worth_a_context_pass(int(finished.sum()), int((whole & is_block).sum())):
             held = finished
             commits, whole = commits & ~held, whole & ~held
-    emits = commits & is_block & (policy == "separate")
-    next_token = (is_ar | single) & (commits | ends_prefill)
+    emits = commits & is_block & (policy == "separate") & (read == 0)
+    # Tokens that were returned before they are committed lie before the scheduled ones.
+    behind = commits & ~is_ar & ~emits
+    starts = num_computed - behind * pending
+    committed = commits * np.minimum(pending, commit_interval - starts % commit_interval)
+    is_read = committed == pending
+    next_token = (is_ar | single) & ((commits & is_read) | ends_prefill)
     mock = is_mock & (whole | ends_prefill)
-    denoises = is_block & ~single & (ends_prefill | (whole & ((policy != "separate") | (pending == 0))))
+    denoises = is_block & ~single & (ends_prefill | (whole & is_read & ~emits))
     others_wait = not (denoises | held).all()
 
     # Where a row's tokens lie: in the table, a canvas's length a slot, or after it, among vLLM's input ids.
     in_table = slots * table.engine.canvas_length
     in_batch = table.canvas.numel() + query_start
-    # Tokens that were returned before they are committed lie before the scheduled ones.
-    behind = commits & ~is_ar & ~emits
-    lengths = np.where(commits, pending, num_scheduled - (mock & prefill))
+    lengths = np.where(commits, committed, num_scheduled - (mock & prefill))
     rows = np.flatnonzero((prefill | commits) & (lengths > 0))
-    context = TowerRows(
-        rows,
-        (num_computed - behind * pending)[rows],
-        lengths[rows],
-        np.where(commits, in_table, in_batch)[rows],
-    )
+    context = TowerRows(rows, starts[rows], lengths[rows], np.where(commits, in_table + read, in_batch)[rows])
     if len(rows) > 1:
         # vLLM's Mamba metadata takes one-token rows with a state for decodes, which come first (mamba_attn.py).
         context = context.take(np.argsort(~((context.lengths == 1) & (context.starts > 0)), kind="stable"))
@@ -176,7 +181,8 @@ def split_rows(
     rows = np.flatnonzero(mock)
     newest = np.where(prefill, in_batch + num_scheduled - 1, in_table)[rows]
     mock_ar = TowerRows(rows, (ends - 1)[rows], np.ones_like(rows), newest)
-    return RowSplit(context, blocks, mock_ar, commits, emits, next_token, others_wait, int(held.sum()))
+    still_pending = pending - committed
+    return RowSplit(context, blocks, mock_ar, commits, emits, next_token, others_wait, int(held.sum()), still_pending)
 
 
 @dataclass

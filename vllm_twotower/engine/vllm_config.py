@@ -58,7 +58,7 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
         options.store(vllm_config.model_config)
         # Later vLLM refuses this without a speculative configuration; our scheduler takes the level from the options.
         vllm_config.observability_config.per_request_spec_decode_metrics = "none"
-        _refuse_uncommitted_blocks_in_caches(vllm_config, options)
+        _refuse_transfers(vllm_config)
         _choose_scheduler(vllm_config)
         _fit_scheduler(vllm_config, options)
         # The two towers run on different rows of a step, so a whole-step graph or compiled forward does not apply.
@@ -106,6 +106,11 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             envs.VLLM_RAISE_ON_LOGIT_NANS,
             "vLLM's count of NaN logits carries the denoiser's passes to the scheduler",
         ),
+        (
+            "prefix_match_unit",
+            vllm_config.cache_config.prefix_match_unit,
+            "Mamba states are cached at the end of whole pages; leave it out",
+        ),
         ("mamba_use_replayssm", vllm_config.cache_config.use_replayssm, "the denoiser reads materialised Mamba states"),
     )
     for name, value, reason in refused:
@@ -116,15 +121,9 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         raise ValueError("VLLM_USE_V2_MODEL_RUNNER=0 is not supported for TwoTower models: unset it")
 
 
-def _refuse_uncommitted_blocks_in_caches(vllm_config: VllmConfig, options: EngineOptions) -> None:
-    """Caches that outlive a request would keep pages the context tower has not written yet."""
-    reason = (
-        "the Mamba states of generated blocks are not kept at block borders"
-        if options.commit == "separate"
-        else f"with commit={options.commit!r} the last block of a request never gets its keys, values and Mamba states"
-    )
-    if vllm_config.cache_config.enable_prefix_caching:
-        raise ValueError(f"enable_prefix_caching=True is not supported for TwoTower models: {reason}")
+def _refuse_transfers(vllm_config: VllmConfig) -> None:
+    """After vLLM's own hooks: offloading is turned into a connector later."""
+    reason = "pages and Mamba states are cached in the device's memory only"
     offloading_size = vllm_config.cache_config.kv_offloading_size
     if offloading_size is not None:
         raise ValueError(f"kv_offloading_size={offloading_size!r} is not supported for TwoTower models: {reason}")

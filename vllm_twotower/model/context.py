@@ -43,7 +43,10 @@ class CommittedMambaBackend(Mamba2AttentionBackend):
 
 
 class ContextMambaMixer(MambaMixer2):
-    """Mamba-2 mixer whose cache holds one state a request, ``conv_kernel - 1`` wide."""
+    """Mamba-2 mixer whose cache holds the states after a row's last token, ``conv_kernel - 1`` wide.
+
+    It keeps no states from inside a chunk, so vLLM ends prompt chunks at the borders where states are cached.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -53,7 +56,12 @@ class ContextMambaMixer(MambaMixer2):
         return CommittedMambaBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        return replace(super().get_kv_cache_spec(vllm_config), num_speculative_blocks=0)
+        return replace(
+            super().get_kv_cache_spec(vllm_config),
+            num_speculative_blocks=0,
+            num_prefill_checkpoint_blocks=0,
+            prefill_checkpoint_alignment=None,
+        )
 
 
 def mamba_mixer(
