@@ -20,6 +20,8 @@ RUN := PATH="$(abspath $(BIN)):$$PATH"
 THREADS ?= 1
 THREADING := OMP_NUM_THREADS=$(THREADS) VLLM_CPU_OMP_THREADS_BIND=nobind
 
+TEST_WORKERS ?= 2
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test bench lint format lock clean
 
@@ -59,8 +61,10 @@ demo: setup  ## generate with the tiny model, AR against diffusion
 serve: setup  ## serve the tiny model over HTTP (MODEL=, CONFIG=, THREADS=)
 	$(RUN) $(THREADING) vllm serve $(MODEL) --config $(CONFIG)
 
-test: setup  ## run the tests, unit tests first (ARGS="-k name")
-	$(RUN) python -m pytest tests/unit tests/engine tests/distributed tests/server tests/gpu $(ARGS)
+# Engines of the tests run on one thread each, so files can take turns on two cores.
+test: setup  ## run the tests, unit tests first (ARGS="-k name", TEST_WORKERS=0 for one process)
+	$(RUN) python -m pytest -n $(TEST_WORKERS) --dist loadfile \
+		tests/unit tests/engine tests/distributed tests/server tests/gpu $(ARGS)
 
 bench: setup  ## measure speed, latency, memory and the cost model (tables; ARGS go to the first)
 	$(RUN) python benchmarks/throughput.py --reference $(ARGS)
