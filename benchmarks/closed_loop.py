@@ -67,16 +67,22 @@ _names = itertools.count()
 
 
 def closed_loop(llm: LLM, prompts: Sequence[str], num_open: int, params: SamplingParams) -> Outcome:
-    """Answers all prompts, ``num_open`` of them at any time; the seconds are those of all of them."""
+    """Answers all prompts, ``num_open`` of them at any time.
+
+    Tokens and seconds are those of the time in which so many were open: without the end, when fewer and fewer are.
+    """
     waiting, outcome = iter(enumerate(prompts)), Outcome()
     opened: dict[str, tuple[int, float, int]] = {}
     start_time = time.perf_counter()
 
-    def open_next() -> None:
+    def open_next() -> bool:
+        """Whether there was one."""
         for index, prompt in itertools.islice(waiting, 1):
             name = str(next(_names))
             llm.llm_engine.add_request(name, prompt, params)
             opened[name] = (index, time.perf_counter(), 0)
+            return True
+        return False
 
     for _ in range(num_open):
         open_next()
@@ -86,13 +92,14 @@ def closed_loop(llm: LLM, prompts: Sequence[str], num_open: int, params: Samplin
             index, last, count = opened[output.request_id]
             if len(completion.token_ids) > count:
                 (outcome.gaps if count else outcome.firsts).append(now - last)
+                if not outcome.seconds:
+                    outcome.tokens += len(completion.token_ids) - count
                 opened[output.request_id] = (index, now, len(completion.token_ids))
             if output.finished:
-                outcome.tokens += len(completion.token_ids)
                 outcome.texts[index] = completion.text
                 del opened[output.request_id]
-                open_next()
-    outcome.seconds = time.perf_counter() - start_time
+                if not open_next() and not outcome.seconds:
+                    outcome.seconds = now - start_time
     return outcome
 
 

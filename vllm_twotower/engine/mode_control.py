@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+MARGIN = 0.04
+"""The mode changes if the other is predicted to be faster by more than this share,"""
+MIN_DWELL = 32
+"""and not before so many decisions, at most one a step: while it changes, steps run both towers."""
+REQUESTS_KEPT = 64
 FORGET = 0.01
 """Share of their weight that older steps lose with each new one."""
 STEPS_BETWEEN_FITS = 32
@@ -59,9 +64,11 @@ class ModeControl:
             dtype_bytes=model_config.dtype.itemsize,
         )
         self._fit = HardwareFit(self._ideal)
-        self._chooser = ModeChooser(self._ideal_costs)
+        self._chooser = ModeChooser(self._ideal_costs, MARGIN, MIN_DWELL)
         self._steps_per_block = StepsPerBlock.of_mean(FIRST_PASSES_PER_BLOCK)
         self._blocks = Counter({FIRST_PASSES_PER_BLOCK: 1.0})
+        self._num_ended = 0
+        self._prompt_tokens = self._output_tokens = self._block_tokens = 0.0  # means of requests that ended
         self._num_measured = 0
         self._started = 0.0
         self._decision: ModeDecision | None = None
@@ -79,6 +86,27 @@ class ModeControl:
         if rows:
             self._fit.add(self._work(rows), seconds, FORGET)
             self._num_measured += 1
+
+    def request_ends(self, prompt_tokens: int, output_tokens: int) -> None:
+        """Takes a request that ended into the means of prompts and texts; old ones lose weight."""
+        if not output_tokens:
+            return
+        self._num_ended += 1
+        share = max(1 / self._num_ended, 1 / REQUESTS_KEPT)
+        width = self._options.canvas_length
+        self._prompt_tokens += share * (prompt_tokens - self._prompt_tokens)
+        self._output_tokens += share * (output_tokens - self._output_tokens)
+        self._block_tokens += share * (-(-output_tokens // width) * width - self._block_tokens)
+
+    def _load(self, num_open: int, context_len: float) -> Load:
+        limit = self._options.denoise_steps_per_engine_step
+        if limit == "auto":
+            limit = AUTO_PASSES_PER_STEP if num_open == 1 else 1
+        load = Load(num_open, context_len, self._steps_per_block, limit)
+        if not self._num_ended:
+            return load
+        use = self._output_tokens / self._block_tokens
+        return load._replace(prompt_tokens=self._prompt_tokens, output_tokens=self._output_tokens, block_use=use)
 
     def _work(self, rows: Sequence[RowWork]) -> np.ndarray:
         costs, passes = self._ideal_costs, []
@@ -102,11 +130,8 @@ class ModeControl:
             return self._decision
         if self._num_measured >= STEPS_BETWEEN_FITS:
             self._learn()
-        limit = self._options.denoise_steps_per_engine_step
-        if limit == "auto":
-            limit = AUTO_PASSES_PER_STEP if num_open == 1 else 1
         before, self._decided_in = self._decision, step
-        self._decision = self._chooser.choose(Load(num_open, context_len, self._steps_per_block, limit))
+        self._decision = self._chooser.choose(self._load(num_open, context_len))
         if before is not None and before.mode != self._decision.mode:
             self._num_changes += 1
             logger.info("diffusion_mode auto: %s; %d open requests", self._decision.reason, num_open)

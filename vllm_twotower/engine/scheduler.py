@@ -137,6 +137,8 @@ class TwoTowerScheduler(DiffusionScheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict | None, dict | None]:
         self._held_scores.drop(request.request_id)
+        if self._mode_control is not None:
+            self._mode_control.request_ends(request.num_prompt_tokens, request.num_output_tokens)
         return super()._free_request(request, *args, **kwargs)
 
     def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> None:

@@ -47,7 +47,8 @@ class Load(NamedTuple):
 
     ``num_open`` requests with ``context_len`` tokens in the caches fill blocks in ``steps_per_block`` denoiser passes,
     of which an engine step makes up to ``passes_per_step``. New prompts are read meanwhile: ``prompt_tokens`` for every
-    ``output_tokens`` tokens generated; by default no request ever ends.
+    ``output_tokens`` tokens generated; by default no request ever ends. Of a block's tokens the share ``block_use`` is
+    returned on average: a text that ends in a block leaves the rest unused.
     """
 
     num_open: float
@@ -56,6 +57,7 @@ class Load(NamedTuple):
     passes_per_step: int = 1
     prompt_tokens: float = 0.0
     output_tokens: float = inf
+    block_use: float = 1.0
 
 
 class CostModel:
@@ -218,7 +220,7 @@ class CostModel:
             step += some_start * self.pass_cost("context", starting + committing, tokens, context_tokens, 0).seconds
         for share in unfinished:
             step += self._blocks_pass_seconds("denoiser", batch, share, context_len)
-        return steps * step
+        return steps * step / load.block_use
 
     def tokens_per_second(self, mode: PlannedMode, load: Load) -> float:
         """Tokens/s of all open requests together."""
