@@ -182,6 +182,9 @@ def test_blocks_that_are_finished_together_cost_one_commit(h200: CostModel) -> N
     assert h200.block_seconds("mask_diffusion", load) == pytest.approx(expected)
     assert h200.block_seconds("mask_diffusion", load._replace(passes_per_step=1)) > 1.5 * expected
     assert h200.block_seconds("ar", load) == pytest.approx(16 * h200.ar_pass(64, 1000).seconds)
+    half_used = load._replace(block_use=0.5)
+    assert h200.block_seconds("mask_diffusion", half_used) == pytest.approx(2 * expected)
+    assert h200.block_seconds("ar", half_used) == h200.block_seconds("ar", load)
 
 
 def test_one_request_costs_the_same_together_and_apart(h200: CostModel) -> None:

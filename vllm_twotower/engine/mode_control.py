@@ -1,8 +1,9 @@
 """How ``diffusion_mode: auto`` chooses between autoregression and mask diffusion while the engine runs.
 
 The cost model (:mod:`vllm_twotower.planning`) predicts what a block costs every open request in either mode. Its
-hardware figures are fitted to the engine's own steps as they happen; before, they are those of an ideal device, so that
-a mode that was never tried looks fast and is tried.
+hardware figures are fitted to the engine's own steps as they happen. Steps with and without the denoiser are kept
+apart, so that a mode that is not in use is not forgotten; each mode is tried at the start, since the steps of one do
+not tell what those of the other cost.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +39,7 @@ MARGIN = 0.04
 MIN_DWELL = 32
 """and not before so many decisions, at most one a step: while it changes, steps run both towers."""
 REQUESTS_KEPT = 64
+STEPS_TO_TRY = 16
 FORGET = 0.01
 """Share of their weight that older steps lose with each new one."""
 STEPS_BETWEEN_FITS = 32
@@ -63,7 +66,8 @@ class ModeControl:
             tensor_parallel_size=parallel.tensor_parallel_size,
             dtype_bytes=model_config.dtype.itemsize,
         )
-        self._fit = HardwareFit(self._ideal)
+        self._fits = {mode: HardwareFit(self._ideal) for mode in ("ar", "mask_diffusion")}
+        self._to_try = dict.fromkeys(self._fits, STEPS_TO_TRY)
         self._chooser = ModeChooser(self._ideal_costs, MARGIN, MIN_DWELL)
         self._steps_per_block = StepsPerBlock.of_mean(FIRST_PASSES_PER_BLOCK)
         self._blocks = Counter({FIRST_PASSES_PER_BLOCK: 1.0})
@@ -84,7 +88,9 @@ class ModeControl:
         seconds = time.perf_counter() - self._started
         self._blocks.update(blocks)
         if rows:
-            self._fit.add(self._work(rows), seconds, FORGET)
+            mode = "mask_diffusion" if any(row.denoiser_passes for row in rows) else "ar"
+            self._fits[mode].add(self._work(rows), seconds, FORGET)
+            self._to_try[mode] -= 1
             self._num_measured += 1
 
     def request_ends(self, prompt_tokens: int, output_tokens: int) -> None:
@@ -132,6 +138,11 @@ class ModeControl:
             self._learn()
         before, self._decided_in = self._decision, step
         self._decision = self._chooser.choose(self._load(num_open, context_len))
+        for mode, steps in self._to_try.items():
+            if steps > 0:
+                reason = f"{mode} is tried for {steps} more steps"
+                self._decision = replace(self._decision, mode=mode, reason=reason)
+                break
         if before is not None and before.mode != self._decision.mode:
             self._num_changes += 1
             logger.info("diffusion_mode auto: %s; %d open requests", self._decision.reason, num_open)
@@ -139,7 +150,7 @@ class ModeControl:
 
     def _learn(self) -> None:
         """Puts what was measured into the cost model; older blocks lose weight, as older steps do."""
-        self._chooser.cost_model = self._ideal_costs.on(self._fit.hardware())
+        self._chooser.cost_model = self._ideal_costs.on((self._fits["ar"] + self._fits["mask_diffusion"]).hardware())
         self._num_measured = 0
         total = sum(self._blocks.values())
         passes = sorted(self._blocks)

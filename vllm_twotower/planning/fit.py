@@ -64,6 +64,13 @@ class HardwareFit:
         self._moment = keep * self._moment + relative
         self._count = keep * self._count + 1
 
+    def __add__(self, other: HardwareFit) -> HardwareFit:
+        """The fit to the measurements of both, which may have forgotten theirs at different rates."""
+        both = HardwareFit(self._prior, self._prior_weight)
+        both._gram, both._moment = self._gram + other._gram, self._moment + other._moment
+        both._count = self._count + other._count
+        return both
+
     def hardware(self) -> Hardware:
         """The prior with fitted figures; a bandwidth or FLOP rate is infinite if its coefficient is 0.
 
