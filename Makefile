@@ -63,7 +63,7 @@ serve: setup  ## serve the tiny model over HTTP (MODEL=, CONFIG=, THREADS=)
 
 # Engines of the tests run on one thread each, so files can take turns on two cores.
 test: setup  ## run the tests, unit tests first (ARGS="-k name", TEST_WORKERS=0 for one process)
-	$(RUN) python -m pytest -n $(TEST_WORKERS) --dist loadfile \
+	$(RUN) python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
 		tests/unit tests/engine tests/distributed tests/server tests/gpu $(ARGS)
 
 bench: setup  ## measure speed, latency, memory and the cost model (tables; ARGS go to the first)

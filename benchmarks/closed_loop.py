@@ -15,6 +15,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads slow a tiny model down
 
+from vllm_twotower.demo import fastest_dtype
+
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
 
@@ -36,20 +38,11 @@ class Outcome:
         return self.tokens / self.seconds
 
 
-def best_dtype() -> str:
-    """The dtype in which this machine is fastest: bf16 needs instructions that not every CPU has."""
-    import torch
-
-    if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
-        return "bfloat16"
-    return "float32"
-
-
 def start(model: Path, twotower: dict[str, Any] | None = None, **options: Any) -> LLM:
     """An engine in a process of its own, so that several can take turns."""
     from vllm import LLM
 
-    settings = {"dtype": best_dtype(), "max_model_len": 2048, "kv_cache_memory_bytes": 256 << 20}
+    settings = {"dtype": fastest_dtype(), "max_model_len": 2048, "kv_cache_memory_bytes": 256 << 20}
     return LLM(
         model=str(model),
         disable_log_stats=False,

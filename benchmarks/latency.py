@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from closed_loop import TINY, best_dtype, closed_loop, problems, start
+from closed_loop import TINY, closed_loop, problems, start
+
+from vllm_twotower.demo import fastest_dtype
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -36,7 +38,7 @@ def main() -> None:
         json.dumps(options): start(args.model, options, max_num_seqs=max(*args.open, args.beside + 2))
         for options in [{}, *args.engines]
     }
-    print(f"dtype {best_dtype()}\n")
+    print(f"dtype {fastest_dtype()}\n")
     print("| engine | open | first block, median ms | p99 | between blocks, median ms | p99 |")
     print("|---|---|---|---|---|---|")
     for num_open in args.open:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
-from closed_loop import TINY, best_dtype, problems, start
+from closed_loop import TINY, problems, start
 
 from vllm_twotower.checkpoint import TwoTowerConfig
+from vllm_twotower.demo import fastest_dtype
 from vllm_twotower.planning.model_size import ModelSize
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     count = len(scheduler.running)
     vocab = runner.model_state.model_config.get_vocab_size()
     tile = runner.model.logit_tile
-    print(f"dtype {best_dtype()}; {count} requests\n")
+    print(f"dtype {fastest_dtype()}; {count} requests\n")
     print("| figure | measured | implied | ratio |")
     print("|---|---|---|---|")
     _row("Mamba states per request and layer", states / count / layers.count("M"), 1.0)

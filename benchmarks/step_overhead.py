@@ -20,7 +20,9 @@ from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
-from closed_loop import TINY, best_dtype, problems, start
+from closed_loop import TINY, problems, start
+
+from vllm_twotower.demo import fastest_dtype
 
 PARTS = ("scheduler", "prepare", "metadata", "towers", "heads", "sampler", "further", "post", "update", "detokenizer")
 
@@ -75,7 +77,7 @@ def main() -> None:
     llm = start(args.model, args.twotower, max_num_seqs=max(args.batch_sizes))
     clock = timed_parts(llm)
     prompts = [problem["prompt"] for problem in problems(args.model)]
-    print(f"dtype {best_dtype()}; ms, medians over steps; further: tower passes of a step after the first;")
+    print(f"dtype {fastest_dtype()}; ms, medians over steps; further: tower passes of a step after the first;")
     print("around: all but towers, further and heads, per tower pass\n")
     columns = ("mode", "requests", "tokens/s", "passes", "step", *PARTS, "around")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")

@@ -20,7 +20,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from closed_loop import TINY, Outcome, best_dtype, closed_loop, in_turns, metric_values, problems, start
+from closed_loop import TINY, Outcome, closed_loop, in_turns, metric_values, problems, start
+
+from vllm_twotower.demo import fastest_dtype
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -51,7 +53,7 @@ def main() -> None:
         variants |= {f"{variant} {name}".strip(): run for variant, run in of_engine.items()}
     if args.reference:
         variants |= reference_variants(args)
-    print(f"dtype {best_dtype()}; {args.rounds} rounds; a pass is one tower's run over one request's row\n")
+    print(f"dtype {fastest_dtype()}; {args.rounds} rounds; a pass is one tower's run over one request's row\n")
     print("| open | variant | tokens/s | of AR | tokens/pass | right | tower passes |")
     print("|---|---|---|---|---|---|---|")
     for num_open in args.open:
@@ -118,7 +120,7 @@ def reference_variants(args: argparse.Namespace) -> dict[str, Run]:
 
     from vllm_twotower.reference import TwoTowerModel, generate_ar, generate_mask_diffusion
 
-    model = TwoTowerModel.from_pretrained(args.model, getattr(torch, best_dtype()))
+    model = TwoTowerModel.from_pretrained(args.model, getattr(torch, fastest_dtype()))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     threshold = args.thresholds[len(args.thresholds) // 2]
     eos = tokenizer.eos_token_id

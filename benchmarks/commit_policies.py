@@ -1,0 +1,46 @@
+"""Simulated tokens/s of mask diffusion over autoregression: when finished blocks are committed, and passes a step.
+
+The released model on one ideal device, as ``vllm-twotower plan`` has it; nothing is measured:
+
+    python benchmarks/commit_policies.py --hardware H200
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from vllm_twotower.checkpoint import TwoTowerConfig
+from vllm_twotower.planning.cost_model import CostModel
+from vllm_twotower.planning.hardware import DEVICES
+from vllm_twotower.planning.released import RELEASED_CONFIG
+from vllm_twotower.planning.simulator import Traffic, simulate
+from vllm_twotower.planning.steps_per_block import StepsPerBlock
+
+STEPS = StepsPerBlock((2, 3, 4, 5, 6, 7, 8), (0.1, 0.15, 0.2, 0.2, 0.15, 0.1, 0.1))
+POLICIES = (("lazy", 1), ("lazy", 2), ("grouped", 1), ("grouped", 2))
+
+
+def main() -> None:
+    """Simulates and prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hardware", choices=DEVICES, default="H200")
+    parser.add_argument("--open", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 256])
+    args = parser.parse_args()
+
+    model = CostModel(TwoTowerConfig.from_dict(RELEASED_CONFIG), DEVICES[args.hardware])
+    names = [f"{commit}, {passes} a step" for commit, passes in POLICIES]
+    print(f"| open requests | {' | '.join(names)} |\n|{'---|' * (1 + len(names))}")
+    for num_open in args.open:
+        traffic = Traffic(num_open, STEPS, prompt_tokens=512, output_blocks=16)
+        length = {"warm_up_requests": num_open, "measured_requests": max(48, num_open)}
+        ar = simulate(model, traffic, "ar", **length).tokens_per_second
+        ratios = [
+            simulate(model, traffic, "mask_diffusion", commit=commit, passes_per_step=passes, **length)
+            for commit, passes in POLICIES
+        ]
+        figures = " | ".join(f"{result.tokens_per_second / ar:.2f}" for result in ratios)
+        print(f"| {num_open} | {figures} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
