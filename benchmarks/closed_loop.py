@@ -25,10 +25,14 @@ TINY = Path(__file__).parents[1] / "models" / "tiny-twotower"
 
 @dataclass
 class Outcome:
-    """What a closed loop gave; ``gaps`` are seconds between outputs of a request, ``firsts`` until its first one."""
+    """What a closed loop gave; ``all_tokens`` also those of the end, when fewer requests are open.
+
+    ``gaps`` are seconds between outputs of a request, ``firsts`` until its first one.
+    """
 
     tokens: int = 0
     seconds: float = 0.0
+    all_tokens: int = 0
     firsts: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     texts: dict[int, str] = field(default_factory=dict)
@@ -89,6 +93,7 @@ def closed_loop(llm: LLM, prompts: Sequence[str], num_open: int, params: Samplin
                     outcome.tokens += len(completion.token_ids) - count
                 opened[output.request_id] = (index, now, len(completion.token_ids))
             if output.finished:
+                outcome.all_tokens += len(completion.token_ids)
                 outcome.texts[index] = completion.text
                 del opened[output.request_id]
                 if not open_next() and not outcome.seconds:

@@ -78,7 +78,7 @@ def measure(variants: dict[str, Run], asked: list[dict[str, Any]], num_open: int
         right = sum(problem["result"] == _result(outcome.texts[i]) for i, problem in enumerate(asked))
         print(
             f"| {num_open} | {name} | {speed[name]:.0f} | {speed[name] / speed[AR]:.2f} "
-            f"| {outcome.tokens / passes:.2f} | {right}/{len(asked)} | {passes:.0f} |",
+            f"| {outcome.all_tokens / passes:.2f} | {right}/{len(asked)} | {passes:.0f} |",
             flush=True,
         )
 
@@ -133,7 +133,7 @@ def reference_variants(args: argparse.Namespace) -> dict[str, Run]:
                 outcome.tokens += len(generation.tokens)
                 outcome.texts[index] = tokenizer.decode(generation.tokens, skip_special_tokens=True)
                 passes += generation.nfe or len(generation.tokens)
-            outcome.seconds = time.perf_counter() - started
+            outcome.seconds, outcome.all_tokens = time.perf_counter() - started, outcome.tokens
             return outcome, passes
 
         return run
