@@ -6,13 +6,12 @@ simulator predict the tokens/s of a closed loop of different prompts, with the s
 Seconds are the CPU time of this process, where the whole engine runs; on one thread and an idle machine that is the
 wall clock's time, on a shared one it leaves out most of what others do:
 
-    OMP_NUM_THREADS=1 python benchmarks/cost_model.py --fit-on 1 4 16 --predict 2 8
+    python benchmarks/cost_model.py --fit-on 1 4 16 --predict 2 8
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -23,6 +22,8 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from closed_loop import TINY, problems
+
 from vllm_twotower.checkpoint import TwoTowerConfig
 from vllm_twotower.planning.cli import DTYPE_BYTES
 from vllm_twotower.planning.cost_model import CostModel, PassCost
@@ -31,8 +32,6 @@ from vllm_twotower.planning.hardware import Hardware
 from vllm_twotower.planning.simulator import Traffic, simulate
 from vllm_twotower.planning.steps_per_block import METRIC, StepsPerBlock
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 # A step of an engine in this process is a call; elsewhere steps without a token would not be seen.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
@@ -72,7 +71,7 @@ class Measurement:
 def main() -> None:
     """Measures, fits and prints three tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("models/tiny-twotower"))
+    parser.add_argument("--model", type=Path, default=TINY)
     parser.add_argument("--fit-on", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--predict", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.6, 0.95])
@@ -93,7 +92,7 @@ def main() -> None:
         disable_log_stats=False,
     )
     config = TwoTowerConfig.from_pretrained(args.model)
-    prompts = [json.loads(line)["prompt"] for line in (args.model / "heldout.jsonl").read_text().splitlines()]
+    prompts = [problem["prompt"] for problem in problems(args.model)]
 
     def params(**options: float | str) -> SamplingParams:
         return SamplingParams(temperature=0, max_tokens=args.max_tokens, ignore_eos=True, extra_args=options)

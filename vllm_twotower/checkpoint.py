@@ -10,11 +10,14 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 DEFAULT_CANVAS_LENGTH = 16
@@ -99,6 +102,11 @@ class TwoTowerConfig:
             return cls(**{name: value for name, value in config.items() if name in known and value is not None})
         except TypeError as error:
             raise CheckpointError(f"config.json lacks a field of the TwoTower configuration: {error}") from None
+
+    @classmethod
+    def of(cls, hf_config: PretrainedConfig) -> TwoTowerConfig:
+        """Reads the fields from the configuration object that transformers makes of a ``config.json``."""
+        return cls.from_dict({**hf_config.to_dict(), "hybrid_override_pattern": hf_config.hybrid_override_pattern})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> TwoTowerConfig:

@@ -39,7 +39,9 @@ MARGIN = 0.04
 MIN_DWELL = 32
 """and not before so many decisions, at most one a step: while it changes, steps run both towers."""
 REQUESTS_KEPT = 64
+"""What all requests that ended weigh together in the means of prompts and texts, in requests."""
 STEPS_TO_TRY = 16
+"""Steps that each mode is measured in at the start, whatever is predicted."""
 FORGET = 0.01
 """Share of their weight that older steps lose with each new one."""
 STEPS_BETWEEN_FITS = 32
@@ -54,14 +56,10 @@ class ModeControl:
 
     def __init__(self, vllm_config: VllmConfig, options: EngineOptions):
         model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
-        hf_config = model_config.hf_config
-        config = TwoTowerConfig.from_dict(
-            {**hf_config.to_dict(), "hybrid_override_pattern": hf_config.hybrid_override_pattern}
-        )
         self._options = options
         self._ideal = _ideal_hardware()
         self._ideal_costs = CostModel(
-            config,
+            TwoTowerConfig.of(model_config.hf_config),
             self._ideal,
             tensor_parallel_size=parallel.tensor_parallel_size,
             dtype_bytes=model_config.dtype.itemsize,

@@ -152,11 +152,8 @@ class TwoTowerSampler:
     ) -> None:
         """Denoises the blocks, as often as a step may; blocks that are whole drop out."""
         engine = self._table.engine
-        limit, num_canvases, num_finished = (
-            engine.denoise_steps_per_engine_step,
-            len(blocks) + split.num_held,
-            split.num_held,
-        )
+        limit = engine.denoise_steps_per_engine_step
+        num_canvases, num_finished = len(blocks) + split.num_held, split.num_held
         hidden = logits.denoiser[: blocks.rows.num_tokens]
         for count in itertools.count(1):
             converged = self._denoise_tiles(blocks, hidden, logits, sampled, num_sampled)
@@ -171,7 +168,7 @@ class TwoTowerSampler:
                 is_last = count == limit
             if is_last or converged.all():
                 return
-            changed = len(hidden) < len(logits.denoiser) if count == 1 else False
+            changed = count == 1 and len(split.mock_ar) > 0  # these rows have had their pass
             if converged.any():
                 left = np.flatnonzero(~converged)
                 blocks, changed = self._blocks(blocks.rows.take(left), blocks.host_slots[left]), True

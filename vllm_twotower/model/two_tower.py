@@ -76,9 +76,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.config, quant_config = config, vllm_config.quant_config
-        self.checkpoint_config = TwoTowerConfig.from_dict(
-            {**config.to_dict(), "hybrid_override_pattern": config.hybrid_override_pattern}
-        )
+        self.checkpoint_config = TwoTowerConfig.of(config)
         self.options = EngineOptions.of(vllm_config.model_config)
         self.context_tower = context_tower(vllm_config, maybe_prefix(prefix, CONTEXT_PREFIX))
         self.denoiser_tower = DenoiserTower(vllm_config, maybe_prefix(prefix, DENOISER_PREFIX))
