@@ -66,12 +66,11 @@ test: setup  ## run the tests, unit tests first (ARGS="-k name", TEST_WORKERS=0 
 	$(RUN) python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
 		tests/unit tests/engine tests/distributed tests/server tests/gpu $(ARGS)
 
-bench: setup  ## measure speed, latency, memory and the cost model (tables; ARGS go to the first)
-	$(RUN) python benchmarks/throughput.py --reference $(ARGS)
-	$(RUN) python benchmarks/step_overhead.py
-	$(RUN) python benchmarks/latency.py
-	$(RUN) python benchmarks/memory.py
-	$(RUN) python benchmarks/cost_model.py
+BENCHMARKS := "throughput.py --reference" step_overhead.py latency.py memory.py cost_model.py
+bench: setup  ## measure speed, latency, memory and the cost model; ends with one table of ratios
+	@rm -f runs/bench.jsonl
+	@set -e; for script in $(BENCHMARKS); do $(RUN) python benchmarks/$$script --summary runs/bench.jsonl; done
+	@$(RUN) python benchmarks/summary.py runs/bench.jsonl
 
 lint: setup  ## check style and formatting
 	$(BIN)/ruff check .

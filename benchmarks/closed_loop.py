@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,22 +24,34 @@ TINY = Path(__file__).parents[1] / "models" / "tiny-twotower"
 
 
 @dataclass
-class Outcome:
-    """What a closed loop gave; ``all_tokens`` also those of the end, when fewer requests are open.
-
-    ``gaps`` are seconds between outputs of a request, ``firsts`` until its first one.
-    """
+class Stretch:
+    """Output tokens and engine steps within some time; ``cpu_seconds`` are those of this process."""
 
     tokens: int = 0
+    steps: int = 0
     seconds: float = 0.0
-    all_tokens: int = 0
-    firsts: list[float] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
-    texts: dict[int, str] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
+
+    def __sub__(self, earlier: Stretch) -> Stretch:
+        return Stretch(*(getattr(self, name) - getattr(earlier, name) for name in vars(self)))
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
+
+
+@dataclass
+class Outcome:
+    """What a closed loop gave: in all, and while as many requests as asked for were open.
+
+    ``gaps`` are seconds between outputs of a request, ``firsts`` until its first one.
+    """
+
+    whole: Stretch
+    steady: Stretch
+    firsts: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    texts: dict[int, str] = field(default_factory=dict)
 
 
 def start(model: Path, twotower: dict[str, Any] | None = None, **options: Any) -> LLM:
@@ -63,14 +75,17 @@ def problems(model: Path) -> list[dict[str, str]]:
 _names = itertools.count()
 
 
-def closed_loop(llm: LLM, prompts: Sequence[str], num_open: int, params: SamplingParams) -> Outcome:
+def closed_loop(llm: LLM, prompts: Sequence[str], num_open: int, params: SamplingParams, warm_up: int = 0) -> Outcome:
     """Answers all prompts, ``num_open`` of them at any time.
 
-    Tokens and seconds are those of the time in which so many were open: without the end, when fewer and fewer are.
+    The steady stretch begins when ``warm_up`` have been answered and ends when there is none left to open.
     """
-    waiting, outcome = iter(enumerate(prompts)), Outcome()
-    opened: dict[str, tuple[int, float, int]] = {}
-    start_time = time.perf_counter()
+    waiting, opened, texts = iter(enumerate(prompts)), {}, {}
+    firsts: list[float] = []
+    gaps: list[float] = []
+    begin = (time.perf_counter(), time.process_time())
+    now = Stretch()
+    first, last = (None if warm_up else now), None
 
     def open_next() -> bool:
         """Whether there was one."""
@@ -84,21 +99,25 @@ def closed_loop(llm: LLM, prompts: Sequence[str], num_open: int, params: Samplin
     for _ in range(num_open):
         open_next()
     while opened:
-        for output in llm.llm_engine.step():
-            now, completion = time.perf_counter(), output.outputs[0]
-            index, last, count = opened[output.request_id]
-            if len(completion.token_ids) > count:
-                (outcome.gaps if count else outcome.firsts).append(now - last)
-                if not outcome.seconds:
-                    outcome.tokens += len(completion.token_ids) - count
-                opened[output.request_id] = (index, now, len(completion.token_ids))
+        outputs = llm.llm_engine.step()
+        moment, is_full = time.perf_counter(), True
+        for output in outputs:
+            index, before, count = opened[output.request_id]
+            num_tokens = len(output.outputs[0].token_ids)
+            if num_tokens > count:
+                (gaps if count else firsts).append(moment - before)
+                opened[output.request_id] = (index, moment, num_tokens)
+            now = replace(now, tokens=now.tokens + num_tokens - count)
             if output.finished:
-                outcome.all_tokens += len(completion.token_ids)
-                outcome.texts[index] = completion.text
+                texts[index] = output.outputs[0].text
                 del opened[output.request_id]
-                if not open_next() and not outcome.seconds:
-                    outcome.seconds = now - start_time
-    return outcome
+                is_full = open_next() and is_full
+        now = replace(now, steps=now.steps + 1, seconds=moment - begin[0], cpu_seconds=time.process_time() - begin[1])
+        if first is None and len(texts) >= warm_up:
+            first = now
+        if last is None and not is_full:
+            last = now
+    return Outcome(now, last - first, firsts, gaps, texts)
 
 
 def metric_values(llm: LLM) -> dict[str, float]:

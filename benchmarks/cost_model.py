@@ -14,15 +14,15 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from closed_loop import TINY, problems
+from closed_loop import TINY, closed_loop, problems
+from summary import Summary
 
 from vllm_twotower.checkpoint import TwoTowerConfig
 from vllm_twotower.planning.cli import DTYPE_BYTES
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--max-tokens", type=int, default=48, help="a multiple of the canvas length")
     parser.add_argument("--rounds", type=int, default=3)
+    Summary.add_argument(parser)
     args = parser.parse_args()
 
     from vllm import LLM, SamplingParams
@@ -122,7 +123,7 @@ def main() -> None:
     model = CostModel(config, hardware, dtype_bytes=DTYPE_BYTES[args.dtype])
     print_hardware(hardware)
     print_lock_step(model, measurements, args.fit_on)
-    print_closed_loops(llm, model, prompts, variants, args.predict)
+    print_closed_loops(llm, model, prompts, variants, args.predict, Summary(args.summary))
 
 
 def counts(llm: LLM) -> Counter[str]:
@@ -140,59 +141,20 @@ def counts(llm: LLM) -> Counter[str]:
 def lock_step(llm: LLM, prompt: str, batch: int, variant: str, params: SamplingParams) -> Measurement:
     """Answers ``batch`` equal prompts, submitted at once."""
     before = counts(llm)
-    loop = closed_loop(llm, [prompt] * batch, batch, params, warm_up=0)
+    loop = closed_loop(llm, [prompt] * batch, batch, params).whole
     done = counts(llm) - before
     if done[CONTEXT_PASSES] % batch or done[DENOISER_PASSES] % batch:
         raise RuntimeError(f"{batch} equal requests were not in step: {dict(done)}")
     return Measurement(
         variant,
         batch,
-        loop["steps"],
+        loop.steps,
         done[CONTEXT_PASSES] // batch,
         done[DENOISER_PASSES] // batch,
-        loop["tokens"],
-        loop["seconds"],
+        loop.tokens,
+        loop.cpu_seconds,
         done["vllm:prompt_tokens"] // batch,
     )
-
-
-def closed_loop(
-    llm: LLM, prompts: Sequence[str], num_open: int, params: SamplingParams, warm_up: int
-) -> dict[str, Any]:
-    """Answers all prompts, ``num_open`` at a time: steps, tokens and seconds.
-
-    Counts from when ``warm_up`` have been answered until no prompt is left to replace an answered one; if there never
-    was one, until all are answered.
-    """
-    engine, waiting, lengths = llm.llm_engine, list(prompts), {}
-    replaces = len(prompts) > num_open
-    answered = steps = tokens_at_start = 0
-    start = time.process_time()
-
-    def submit() -> None:
-        name = f"{time.perf_counter_ns()}"
-        engine.add_request(name, waiting.pop(), params)
-
-    for _ in range(num_open):
-        submit()
-    while engine.has_unfinished_requests():
-        steps += 1
-        for output in engine.step():
-            lengths[output.request_id] = len(output.outputs[0].token_ids)
-            if not output.finished:
-                continue
-            answered += 1
-            if answered == warm_up:
-                start, steps, tokens_at_start = time.process_time(), 0, sum(lengths.values())
-            if waiting:
-                submit()
-            elif replaces:
-                result = {"steps": steps, "tokens": sum(lengths.values()) - tokens_at_start}
-                result["seconds"] = time.process_time() - start
-                while engine.has_unfinished_requests():
-                    engine.step()
-                return result
-    return {"steps": steps, "tokens": sum(lengths.values()), "seconds": time.process_time() - start}
 
 
 def print_hardware(hardware: Hardware) -> None:
@@ -233,13 +195,14 @@ def print_closed_loops(
     prompts: Sequence[str],
     variants: dict[str, SamplingParams],
     batch_sizes: Sequence[int],
+    summary: Summary,
 ) -> None:
     """Tokens/s with different prompts in different phases, measured and simulated."""
     print(f"\n{'open':8} {'':15} {'passes/block':>12} {'tokens/s':>9} {'simulated':>10} {'off by':>7}")
     for num_open in batch_sizes:
         for name, params in variants.items():
             before, num_prompts = counts(llm), 4 * num_open + 16
-            loop = closed_loop(llm, prompts[:num_prompts], num_open, params, num_open)
+            loop = closed_loop(llm, prompts[:num_prompts], num_open, params, num_open).steady
             done = counts(llm) - before
             is_ar = not done[DENOISER_PASSES]
             buckets = sorted(
@@ -260,11 +223,12 @@ def print_closed_loops(
                 warm_up_requests=num_open,
                 measured_requests=10 * num_open + 16,
             )
-            measured, simulated = loop["tokens"] / loop["seconds"], result.tokens_per_second
+            measured, simulated = loop.tokens / loop.cpu_seconds, result.tokens_per_second
             print(
                 f"{num_open:8} {name:15} {'' if is_ar else f'{steps.mean:.2f}':>12} {measured:9.0f} {simulated:10.0f} "
                 f"{simulated / measured - 1:+7.1%}"
             )
+            summary.add(f"simulated, {name}, {num_open} open", simulated, "measured", measured, "tokens/s")
 
 
 if __name__ == "__main__":

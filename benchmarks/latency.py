@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from closed_loop import TINY, closed_loop, problems, start
+from closed_loop import TINY, Outcome, closed_loop, problems, start
+from summary import Summary
 
 from vllm_twotower.demo import fastest_dtype
 
@@ -32,7 +33,9 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=15.0, help="of each stretch of the mixed load")
     parser.add_argument("--engines", type=json.loads, nargs="*", default=[], help="options of further engines")
+    Summary.add_argument(parser)
     args = parser.parse_args()
+    summary = Summary(args.summary)
 
     engines = {
         json.dumps(options): start(args.model, options, max_num_seqs=max(*args.open, args.beside + 2))
@@ -41,28 +44,38 @@ def main() -> None:
     print(f"dtype {fastest_dtype()}\n")
     print("| engine | open | first block, median ms | p99 | between blocks, median ms | p99 |")
     print("|---|---|---|---|---|---|")
+    seconds: dict[tuple[str, int], float] = {}
     for num_open in args.open:
         for name, llm in engines.items():
-            print(f"| {name} | {num_open} | {load(llm, args.model, num_open)} |", flush=True)
+            outcome = load(llm, args.model, num_open)
+            print(f"| {name} | {num_open} | {_figures(outcome.firsts)} | {_figures(outcome.gaps)} |", flush=True)
+            seconds[name, num_open] = float(np.median(outcome.firsts))
+            summary.add(
+                f"first block, {num_open} open, {name}",
+                seconds[name, num_open],
+                f"{args.open[0]} open",
+                seconds[name, args.open[0]],
+                "s",
+            )
     print(f"\n| engine | between blocks, median ms | p99 | with prompts of {args.prompt_tokens} | p99 | p99's ratio |")
     print("|---|---|---|---|---|---|")
     for name, llm in engines.items():
         mixed(llm, args.beside, args.prompt_tokens, 3.0)  # warm up
         alone = mixed(llm, args.beside, 0, args.seconds)
         loaded = mixed(llm, args.beside, args.prompt_tokens, args.seconds)
-        ratio = np.percentile(loaded, 99) / np.percentile(alone, 99)
-        print(f"| {name} | {_figures(alone)} | {_figures(loaded)} | {ratio:.2f} |", flush=True)
+        slow, usual = np.percentile(loaded, 99), np.percentile(alone, 99)
+        print(f"| {name} | {_figures(alone)} | {_figures(loaded)} | {slow / usual:.2f} |", flush=True)
+        summary.add(f"p99 gap beside long prompts, {name}", slow, "alone", usual, "s")
 
 
-def load(llm: LLM, model: Path, num_open: int) -> str:
-    """The figures of a closed loop."""
+def load(llm: LLM, model: Path, num_open: int) -> Outcome:
+    """What a closed loop gives."""
     from vllm import SamplingParams
 
     prompts = [problem["prompt"] for problem in problems(model)][: max(24, 2 * num_open)]
     params = SamplingParams(temperature=0, max_tokens=64)
     closed_loop(llm, prompts, num_open, params)
-    outcome = closed_loop(llm, prompts, num_open, params)
-    return f"{_figures(outcome.firsts)} | {_figures(outcome.gaps)}"
+    return closed_loop(llm, prompts, num_open, params)
 
 
 def mixed(llm: LLM, num_beside: int, prompt_tokens: int, seconds: float) -> list[float]:

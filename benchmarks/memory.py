@@ -15,6 +15,7 @@ from pathlib import Path
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from closed_loop import TINY, problems, start
+from summary import Summary
 
 from vllm_twotower.checkpoint import TwoTowerConfig
 from vllm_twotower.demo import fastest_dtype
@@ -26,7 +27,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=TINY)
     parser.add_argument("--open", type=int, default=16)
+    Summary.add_argument(parser)
     args = parser.parse_args()
+    summary = Summary(args.summary)
 
     from vllm import SamplingParams
     from vllm.v1.kv_cache_interface import MambaSpec
@@ -65,14 +68,15 @@ def main() -> None:
     print(f"dtype {fastest_dtype()}; {count} requests\n")
     print("| figure | measured | implied | ratio |")
     print("|---|---|---|---|")
-    _row("Mamba states per request and layer", states / count / layers.count("M"), 1.0)
-    _row("token slots per request, whole pages", pages / count / layers.count("*"), implied / count / layers.count("*"))
-    _row("state bytes per request", size.state_bytes * states / count / layers.count("M"), size.state_bytes)
-    _row("largest logits of a step, bytes", max(rows) * vocab * 4, min(tile, count * canvas) * vocab * 4)
-
-
-def _row(name: str, measured: float, implied: float) -> None:
-    print(f"| {name} | {measured:.0f} | {implied:.0f} | {measured / implied:.2f} |")
+    figures = (
+        ("Mamba states per request and layer", states / count / layers.count("M"), 1.0, ""),
+        ("token slots per request", pages / count / layers.count("*"), implied / count / layers.count("*"), "slots"),
+        ("state bytes per request", size.state_bytes * states / count / layers.count("M"), size.state_bytes, "bytes"),
+        ("largest logits of a step", max(rows) * vocab * 4, min(tile, count * canvas) * vocab * 4, "bytes"),
+    )
+    for name, measured, design, unit in figures:
+        print(f"| {name} | {measured:.0f} | {design:.0f} | {measured / design:.2f} |")
+        summary.add(name, measured, "the design", design, unit)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from closed_loop import TINY, problems, start
+from summary import Summary
 
 from vllm_twotower.demo import fastest_dtype
 
@@ -72,7 +73,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--twotower", type=json.loads, default={}, help="engine options as JSON")
+    Summary.add_argument(parser)
     args = parser.parse_args()
+    summary = Summary(args.summary)
 
     llm = start(args.model, args.twotower, max_num_seqs=max(args.batch_sizes))
     clock = timed_parts(llm)
@@ -95,6 +98,11 @@ def main() -> None:
             )
             figures = " | ".join(f"{value:.2f}" for value in (*medians, around))
             rate = statistics.median(rates)
+            inside = statistics.median(
+                (step["towers"] + step["further"] + step["heads"]) / count * 1e3
+                for step, count in zip(steps, passes, strict=True)
+            )
+            summary.add(f"around a pass, {mode}, {batch_size} requests", around, "towers and heads", inside, "ms")
             print(f"| {mode} | {batch_size} | {rate:.0f} | {statistics.median(passes):.0f} | {figures} |", flush=True)
 
 

@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from closed_loop import TINY, Outcome, closed_loop, in_turns, metric_values, problems, start
+from closed_loop import TINY, Outcome, Stretch, closed_loop, in_turns, metric_values, problems, start
+from summary import Summary
 
 from vllm_twotower.demo import fastest_dtype
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 DENOISER, CONTEXT = "vllm:diffusion_num_denoising_steps", "vllm:twotower_num_context_passes"
-AR = "ar"
+AR, PLAIN = "ar", "plain loop"
+PLAIN_AR = f"{PLAIN}, {AR}"
 
 
 def main() -> None:
@@ -41,7 +43,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--reference", action="store_true", help="also measure the plain PyTorch loop")
+    Summary.add_argument(parser)
     args = parser.parse_args()
+    summary = Summary(args.summary)
 
     asked = problems(args.model)
     variants = {}
@@ -57,30 +61,43 @@ def main() -> None:
     print("| open | variant | tokens/s | of AR | tokens/pass | right | tower passes |")
     print("|---|---|---|---|---|---|---|")
     for num_open in args.open:
-        measure(variants, asked[: min(len(asked), max(24, 2 * num_open))], num_open, args.rounds)
+        measure(variants, asked[: min(len(asked), max(24, 2 * num_open))], num_open, args.rounds, middle(args), summary)
 
 
 Run = Callable[[Sequence[str], int], tuple[Outcome, float]]
 """Answers prompts, so many at a time; gives the outcome and the tower passes."""
 
 
-def measure(variants: dict[str, Run], asked: list[dict[str, Any]], num_open: int, rounds: int) -> None:
-    """Prints the rows of one load."""
+def measure(
+    variants: dict[str, Run],
+    asked: list[dict[str, Any]],
+    num_open: int,
+    rounds: int,
+    threshold: float,
+    summary: Summary,
+) -> None:
+    """Prints the rows of one load; ``threshold`` is that of the plain loop."""
     prompts = [problem["prompt"] for problem in asked]
     for run in variants.values():
         run(prompts[: num_open + 1], num_open)  # warm up
     results: dict[str, list[tuple[Outcome, float]]] = {name: [] for name in variants}
     for name in in_turns(list(variants), rounds):
         results[name].append(variants[name](prompts, num_open))
-    speed = {name: statistics.median(o.tokens_per_second for o, _ in runs) for name, runs in results.items()}
+    speed = {name: statistics.median(o.steady.tokens_per_second for o, _ in runs) for name, runs in results.items()}
     for name, runs in results.items():
         outcome, passes = runs[0]
         right = sum(problem["result"] == _result(outcome.texts[i]) for i, problem in enumerate(asked))
         print(
             f"| {num_open} | {name} | {speed[name]:.0f} | {speed[name] / speed[AR]:.2f} "
-            f"| {outcome.all_tokens / passes:.2f} | {right}/{len(asked)} | {passes:.0f} |",
+            f"| {outcome.whole.tokens / passes:.2f} | {right}/{len(asked)} | {passes:.0f} |",
             flush=True,
         )
+        if name != AR:
+            summary.add(f"{name}, {num_open} open", speed[name], AR, speed[AR], "tokens/s")
+            summary.add(f"{name}, {num_open} open", outcome.whole.tokens / passes, "a pass", 1, "tokens")
+    for name, plain in ((AR, PLAIN_AR), (f"threshold {threshold}", f"{PLAIN}, threshold {threshold}")):
+        if plain in speed:
+            summary.add(f"engine, {name}, {num_open} open", speed[name], plain, speed[plain], "tokens/s")
 
 
 def _result(text: str) -> str:
@@ -107,8 +124,12 @@ def engine_variants(llm: LLM, args: argparse.Namespace, counts_passes: bool) -> 
     variants = {AR: variant(diffusion_mode="ar")}
     for threshold in args.thresholds:
         variants[f"threshold {threshold}"] = variant(diffusion_confidence_threshold=threshold)
-    middle = args.thresholds[len(args.thresholds) // 2]
-    return variants | {"auto": variant(diffusion_mode="auto", diffusion_confidence_threshold=middle)}
+    return variants | {"auto": variant(diffusion_mode="auto", diffusion_confidence_threshold=middle(args))}
+
+
+def middle(args: argparse.Namespace) -> float:
+    """The threshold of auto and of the plain loop."""
+    return args.thresholds[len(args.thresholds) // 2]
 
 
 def reference_variants(args: argparse.Namespace) -> dict[str, Run]:
@@ -122,25 +143,24 @@ def reference_variants(args: argparse.Namespace) -> dict[str, Run]:
 
     model = TwoTowerModel.from_pretrained(args.model, getattr(torch, fastest_dtype()))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    threshold = args.thresholds[len(args.thresholds) // 2]
-    eos = tokenizer.eos_token_id
+    threshold, eos = middle(args), tokenizer.eos_token_id
 
     def variant(generate: Callable[[list[int]], Any]) -> Run:
         def run(prompts: Sequence[str], num_open: int) -> tuple[Outcome, float]:
-            outcome, passes, started = Outcome(), 0, time.perf_counter()
+            texts, tokens, passes, started = {}, 0, 0, time.perf_counter()
             for index, prompt in enumerate(prompts):
                 generation = generate(tokenizer(prompt).input_ids)
-                outcome.tokens += len(generation.tokens)
-                outcome.texts[index] = tokenizer.decode(generation.tokens, skip_special_tokens=True)
+                tokens += len(generation.tokens)
+                texts[index] = tokenizer.decode(generation.tokens, skip_special_tokens=True)
                 passes += generation.nfe or len(generation.tokens)
-            outcome.seconds, outcome.all_tokens = time.perf_counter() - started, outcome.tokens
-            return outcome, passes
+            stretch = Stretch(tokens, seconds=time.perf_counter() - started)
+            return Outcome(stretch, stretch, texts=texts), passes
 
         return run
 
     return {
-        "plain loop, ar": variant(lambda ids: generate_ar(model, ids, args.max_tokens, eos_token_id=eos)),
-        f"plain loop, threshold {threshold}": variant(
+        PLAIN_AR: variant(lambda ids: generate_ar(model, ids, args.max_tokens, eos_token_id=eos)),
+        f"{PLAIN}, threshold {threshold}": variant(
             lambda ids: generate_mask_diffusion(model, ids, args.max_tokens, gamma=threshold, eos_token_id=eos)
         ),
     }

@@ -58,8 +58,7 @@ class Blocks:
     @property
     def input_ids(self) -> Tensor:
         """(T,): the tokens of the canvases."""
-        flat = self.canvas.flatten()
-        return flat if self.places is None else flat[self.places]
+        return self.by_token(self.canvas)
 
     @cached_property
     def row_of_token(self) -> Tensor:
@@ -73,6 +72,10 @@ class Blocks:
         """(T,) int64: where each token lies in its row."""
         columns = torch.arange(self._canvas_length, device=self.slots.device)
         return columns.repeat(len(self)) if self.places is None else self.places % self._canvas_length
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """(R, S) -> (T,)."""
+        return values.flatten() if self.places is None else values.flatten()[self.places]
 
     def by_row(self, values: Tensor) -> Tensor:
         """(T,) -> (R, S), zero where a row is shorter."""

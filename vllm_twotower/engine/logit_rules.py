@@ -1,4 +1,4 @@
-"""What a request's sampling parameters do to logits before a token is chosen: bias, bans, penalties.
+"""What requests' sampling parameters do to logits before a token is chosen: bias, bans, penalties.
 
 In a block every position is treated as the next token is in an autoregressive model, except that what stands around it
 counts on both sides: tokens emitted before, and positions of the block that earlier passes have decided.
@@ -8,142 +8,204 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vllm.sampling_params import SamplingParams
 
 UNDECIDED = -1
 """Stands for a position without a token."""
+NOTHING = -2
+"""Stands where there is no position: before the output, and behind a shorter block."""
 _IMPOSSIBLE = -1e11
 """Below the logit of any token that can be chosen, above that of the suppressed mask token."""
 
 
 @dataclass
-class Text:
-    """The tokens of a request on the device: ``prompt`` (P,) and ``output`` (N,), and what stands after them.
+class RuledRows:
+    """R rows of a pass that have rules, and their n tokens.
 
-    ``ahead`` (n,) are the positions to predict: decided tokens and ``UNDECIDED``.
+    ``host_slots`` (R,) are on the host. On the device: ``slots`` (R,);
+    ``text`` (R, L), the requests' tokens; ``prompt_lens`` (R,) and ``starts`` (R,), the position of the first one
+    to predict; ``ahead`` (R, S), what stands from there on: decided tokens, ``UNDECIDED``, ``NOTHING``; and for each of
+    the n tokens its ``row`` and ``column`` there, and its ``index`` among the pass's logits.
     """
 
-    prompt: Tensor
-    output: Tensor
+    host_slots: np.ndarray
+    slots: Tensor
+    text: Tensor
+    prompt_lens: Tensor
+    starts: Tensor
     ahead: Tensor
+    row: Tensor
+    column: Tensor
+    index: Tensor
+
+    def before(self, count: int) -> Tensor:
+        """The last ``count`` tokens (R, count) of the output so far."""
+        position = self.starts[:, None] + torch.arange(-count, 0, device=self.starts.device)
+        tokens = self.text.gather(1, position.clamp(min=0)).long()
+        return tokens.masked_fill(position < self.prompt_lens[:, None], NOTHING)
 
 
-@dataclass
-class LogitRules:
-    """The rules of one request.
+class RuleTable:
+    """The rules of all requests by slot, and their application to many rows at once.
 
-    ``bias`` (V,) fp32 is added everywhere (-inf for what is never allowed), ``stop_ids`` are impossible before output
-    position ``min_tokens``, ``phrases`` are banned sequences of two and more tokens.
+    ``has_rules`` (slots,) on the host. A row of ``bias`` (n, V) fp32 is added to a request's logits, -inf for what is
+    never allowed; row 0 is zero, for those without. ``stop_ids`` (slots, k) are impossible before output position
+    ``min_tokens``. ``phrases`` (slots, p, L) are banned sequences of two and more tokens, at the right end, with
+    ``NOTHING`` before them. Tables grow when a request needs more than they have.
     """
 
-    bias: Tensor | None
-    min_tokens: int
-    stop_ids: Tensor
-    repetition_penalty: float
-    frequency_penalty: float
-    presence_penalty: float
-    phrases: list[Tensor]
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device):
+        self._vocab_size, self._device = vocab_size, device
+        self.has_rules = np.zeros(num_slots, dtype=bool)
+        self._has_stop_ids = np.zeros(num_slots, dtype=bool)
+        self._penalises = np.zeros(num_slots, dtype=bool)
+        self._has_phrases = np.zeros(num_slots, dtype=bool)
+        self._bias_row = np.zeros(num_slots, dtype=np.int64)
+        self._bias = torch.zeros(1, vocab_size, device=device)
+        self._bias_row_of_slot = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._min_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._stop_ids = torch.full((num_slots, 1), NOTHING, device=device)
+        self._phrases = torch.full((num_slots, 1, 2), NOTHING, device=device)
+        self._penalties = torch.zeros(3, num_slots, device=device)
 
-    @classmethod
-    def of(cls, params: SamplingParams, vocab_size: int, device: torch.device) -> LogitRules | None:
-        """The rules that a request's parameters ask for; None if there are none."""
-        bad_words = params.bad_words_token_ids or []
-        bias = None
-        if params.allowed_token_ids or params.logit_bias or any(len(word) == 1 for word in bad_words):
-            bias = torch.zeros(vocab_size)
+    def set(self, slot: int, params: SamplingParams) -> None:
+        """Takes a request's rules from its parameters."""
+        words = params.bad_words_token_ids or []
+        phrases = [word for word in words if len(word) > 1]
+        stop_ids = sorted(params.all_stop_token_ids) if params.min_tokens else []
+        penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        self._has_stop_ids[slot] = bool(stop_ids)
+        self._has_phrases[slot] = bool(phrases)
+        self._penalises[slot] = penalties != (1, 0, 0)
+        self._set_bias(slot, params, [word[0] for word in words if len(word) == 1])
+        self._min_tokens[slot] = params.min_tokens
+        self._penalties[:, slot] = torch.tensor(penalties)
+        if stop_ids:
+            self._stop_ids = _at_least(self._stop_ids, len(stop_ids))
+            self._stop_ids[slot] = NOTHING
+            self._stop_ids[slot, : len(stop_ids)] = torch.tensor(stop_ids)
+        if phrases:
+            self._phrases = _at_least(self._phrases, len(phrases), max(map(len, phrases)))
+        self._phrases[slot] = NOTHING
+        for i, phrase in enumerate(phrases):
+            self._phrases[slot, i, -len(phrase) :] = torch.tensor(phrase)
+        kinds = (self._has_stop_ids, self._has_phrases, self._penalises, self._bias_row)
+        self.has_rules[slot] = any(kind[slot] for kind in kinds)
+
+    def _set_bias(self, slot: int, params: SamplingParams, banned: list[int]) -> None:
+        self._bias_row[slot] = 0
+        if params.allowed_token_ids or params.logit_bias or banned:
+            bias = torch.zeros(self._vocab_size)
             if params.allowed_token_ids:
                 bias.fill_(-torch.inf)[params.allowed_token_ids] = 0
             for token, value in (params.logit_bias or {}).items():
                 bias[token] += value
-            bias[[word[0] for word in bad_words if len(word) == 1]] = -torch.inf
-            bias = bias.to(device)
-        stop_ids = sorted(params.all_stop_token_ids) if params.min_tokens else []
-        rules = cls(
-            bias=bias,
-            min_tokens=params.min_tokens if stop_ids else 0,
-            stop_ids=torch.tensor(stop_ids, dtype=torch.int64, device=device),
-            repetition_penalty=params.repetition_penalty,
-            frequency_penalty=params.frequency_penalty,
-            presence_penalty=params.presence_penalty,
-            phrases=[torch.tensor(word, device=device) for word in bad_words if len(word) > 1],
-        )
-        return rules if bias is not None or stop_ids or rules.penalises or rules.phrases else None
+            bias[banned] = -torch.inf
+            free = np.setdiff1d(np.arange(1, len(self._bias)), self._bias_row)
+            if not len(free):
+                free = [len(self._bias)]
+                self._bias = F.pad(self._bias, (0, 0, 0, len(self._bias)))
+            self._bias_row[slot] = free[0]
+            self._bias[free[0]] = bias.to(self._device)
+        self._bias_row_of_slot[slot] = int(self._bias_row[slot])
 
-    @property
-    def penalises(self) -> bool:
-        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
-
-    def apply(self, logits: Tensor, text: Text) -> None:
-        """Changes fp32 logits (n, V) of the positions ``text.ahead`` in place.
+    def apply(self, all_logits: Tensor, rows: RuledRows) -> None:
+        """Changes the fp32 logits (T, V) of a pass in place where its tokens have rules.
 
         Where the rules leave no token they are waived: some token has to stand there.
         """
-        free = logits.clone()
-        if self.bias is not None:
-            logits += self.bias
-        if (too_early := self.min_tokens - len(text.output)) > 0:
-            logits[:too_early].index_fill_(1, self.stop_ids, -torch.inf)
-        if self.penalises:
-            self._penalise(logits, text)
-        for phrase in self.phrases:
-            _forbid_completion(logits, phrase, text)
-        waived = logits.amax(-1, keepdim=True) < _IMPOSSIBLE
-        torch.where(waived, free, logits, out=logits)
+        free = all_logits[rows.index]
+        logits = free.clone()
+        slots, host_slots = rows.slots, rows.host_slots
+        if self._bias_row[host_slots].any():
+            logits += self._bias[self._bias_row_of_slot[slots]][rows.row]
+        if self._has_stop_ids[host_slots].any():
+            output_position = (rows.starts - rows.prompt_lens)[rows.row] + rows.column
+            too_early = output_position < self._min_tokens[slots][rows.row]
+            _forbid(logits, None, self._stop_ids[slots][rows.row], too_early[:, None])
+        if self._penalises[host_slots].any():
+            self._penalise(logits, rows)
+        if self._has_phrases[host_slots].any():
+            self._forbid_completions(logits, rows)
+        all_logits[rows.index] = torch.where(logits.amax(-1, keepdim=True) < _IMPOSSIBLE, free, logits)
 
-    def _penalise(self, logits: Tensor, text: Text) -> None:
+    def _penalise(self, logits: Tensor, rows: RuledRows) -> None:
         """vLLM's formulas (``vllm/v1/worker/gpu/sample/penalties.py``), counting decided positions as output."""
-        vocab_size = logits.shape[1]
-        decided = text.ahead != UNDECIDED
-        counts = logits.new_zeros(vocab_size)
-        counts.index_add_(0, text.output, counts.new_ones(len(text.output)))
-        counts.index_add_(0, text.ahead.clamp(min=0), decided.to(counts.dtype))
-        if self.repetition_penalty != 1:
-            seen = counts > 0
-            seen[text.prompt] = True
-            scaled = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-            torch.where(seen, scaled, logits, out=logits)
-        logits -= self.frequency_penalty * counts + self.presence_penalty * (counts > 0)
+        num_rows = len(rows.slots)
+        text = rows.text.long()
+        position = torch.arange(text.shape[1], device=text.device)
+        in_prompt = position < rows.prompt_lens[:, None]
+        in_output = (position < rows.starts[:, None]) & ~in_prompt
+        counts = logits.new_zeros(num_rows, self._vocab_size)
+        for tokens, counted in ((text, in_output), (rows.ahead, rows.ahead >= 0)):
+            counts.scatter_add_(1, torch.where(counted, tokens, 0), counted.to(counts.dtype))
+        occurs = counts.clone().scatter_add_(1, torch.where(in_prompt, text, 0), in_prompt.to(counts.dtype)) > 0
+        repetition, frequency, presence = self._penalties[:, rows.slots].unsqueeze(2)
+        factor = torch.where(occurs, repetition, 1.0)[rows.row]
+        torch.where(logits > 0, logits / factor, logits * factor, out=logits)
+        logits -= (frequency * counts + presence * (counts > 0))[rows.row]
 
-    def hold_back(self, text: Text, new: Tensor, confidence: Tensor) -> Tensor:
-        """The positions of ``new`` (n,) bool that may be committed together.
+    def _forbid_completions(self, logits: Tensor, rows: RuledRows) -> None:
+        """Makes impossible the one token that would complete a phrase where all others stand."""
+        phrases, windows, place = self._windows(rows)
+        missing = (windows != phrases) & (phrases != NOTHING)
+        completes = missing & (missing.sum(-1, keepdim=True) == 1) & (windows == UNDECIDED)
+        token_at = logits.new_zeros(rows.ahead.shape, dtype=torch.int64)
+        token_at[rows.row, rows.column] = torch.arange(len(logits), device=logits.device)
+        row = torch.arange(len(rows.slots), device=logits.device)[:, None, None, None]
+        _forbid(logits, token_at[row, place.clamp(min=0)].expand_as(completes), phrases.expand_as(completes), completes)
 
-        ``text.ahead`` has the new tokens in it. Where they make up a banned phrase only the most confident of them
-        stays, ``confidence`` (n,) being theirs; the phrase is then completed by no later pass, see :meth:`apply`.
+    def hold_back(self, new: Tensor, confidence: Tensor, rows: RuledRows) -> Tensor:
+        """The positions of ``new`` (R, S) bool that may be committed together.
+
+        ``rows.ahead`` has the new tokens in it. Where they make up a banned phrase only the most confident of them
+        stays, ``confidence`` (R, S) being theirs; the phrase is then completed by no later pass, see :meth:`apply`.
         """
-        allowed = new
-        for phrase in self.phrases:
-            windows, place = _windows(phrase, text)
-            if not len(windows):
-                continue
-            fresh = (place >= 0) & new[place.clamp(min=0)]
-            best = confidence[place.clamp(min=0)].masked_fill(~fresh, -1).argmax(1, keepdim=True)
-            surplus = fresh & (windows == phrase).all(1, keepdim=True)
-            surplus &= torch.arange(len(phrase), device=new.device) != best
-            taken = torch.zeros_like(new, dtype=torch.int32)
-            taken.index_put_((place.clamp(min=0),), surplus.int(), accumulate=True)
-            allowed = allowed & (taken == 0)
-        return allowed
+        if not self._has_phrases[rows.host_slots].any():
+            return new
+        phrases, windows, place = self._windows(rows)
+        row = torch.arange(len(new), device=new.device)[:, None, None, None]
+        within = place.clamp(min=0)
+        fresh = new[row, within] & (place >= 0) & (phrases != NOTHING)
+        stands = (windows == phrases) | (phrases == NOTHING)
+        complete = stands.all(-1, keepdim=True) & (phrases != NOTHING).any(-1, keepdim=True)
+        best = confidence[row, within].masked_fill(~fresh, -1).argmax(-1, keepdim=True)
+        surplus = fresh & complete & (torch.arange(windows.shape[-1], device=new.device) != best)
+        held = torch.zeros_like(new, dtype=torch.int32)
+        held.index_put_((row.expand_as(surplus), within.expand_as(surplus)), surplus.int(), accumulate=True)
+        return new & (held == 0)
+
+    def _windows(self, rows: RuledRows) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the rows' phrases could end: phrases (R, p, 1, L), windows (R, 1, S, L) of tokens, and places (S, L).
+
+        A place is a column of ``ahead``, negative before it.
+        """
+        phrases = self._phrases[rows.slots].unsqueeze(2)
+        before = phrases.shape[-1] - 1
+        tokens = torch.cat((rows.before(before), rows.ahead), 1)
+        place = torch.arange(-before, rows.ahead.shape[1], device=tokens.device)
+        length = phrases.shape[-1]
+        return phrases, tokens.unfold(1, length, 1).unsqueeze(1), place.unfold(0, length, 1)
 
 
-def _windows(phrase: Tensor, text: Text) -> tuple[Tensor, Tensor]:
-    """Where a phrase (L,) could stand in the output: windows (m, L) of tokens and their places (m, L) in ``ahead``.
+def _at_least(table: Tensor, *sizes: int) -> Tensor:
+    """The table, its last dimensions widened to at least ``sizes``: phrases stay at the right end."""
+    widths = [max(0, size - have) for size, have in zip(sizes, table.shape[-len(sizes) :], strict=True)]
+    padding = [widths[-1], 0, 0, widths[0]] if len(sizes) == 2 else [0, widths[0]]
+    return F.pad(table, padding, value=NOTHING)
 
-    Places before ``ahead`` are negative.
+
+def _forbid(logits: Tensor, index: Tensor | None, tokens: Tensor, where: Tensor) -> None:
+    """Makes ``tokens`` impossible in logits (n, V) where ``where`` says so, without asking the device how many.
+
+    ``index`` has the logits' row of each, of the same shape; without it ``tokens`` are (n, k).
     """
-    tail = text.output[max(0, len(text.output) - len(phrase) + 1) :]
-    tokens = torch.cat((tail, text.ahead))
-    place = torch.arange(len(tokens), device=tokens.device) - len(tail)
-    if len(tokens) < len(phrase):
-        return tokens.new_empty(0, len(phrase)), place.new_empty(0, len(phrase))
-    return tokens.unfold(0, len(phrase), 1), place.unfold(0, len(phrase), 1)
-
-
-def _forbid_completion(logits: Tensor, phrase: Tensor, text: Text) -> None:
-    """Makes impossible, in logits (n, V), the one token that would complete the phrase where all others stand."""
-    windows, place = _windows(phrase, text)
-    missing = windows != phrase
-    completes = missing & (missing.sum(1, keepdim=True) == 1) & (windows == UNDECIDED)
-    change = torch.zeros_like(windows, dtype=logits.dtype).masked_fill_(completes, -torch.inf)
-    logits.index_put_((place.clamp(min=0), phrase.expand_as(windows)), change, accumulate=True)
+    change = torch.zeros(tokens.shape, device=logits.device).masked_fill(where & (tokens >= 0), -torch.inf)
+    if index is None:
+        logits.scatter_add_(1, tokens.clamp(min=0), change)
+    else:
+        logits.index_put_((index, tokens.clamp(min=0)), change, accumulate=True)

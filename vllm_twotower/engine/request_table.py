@@ -12,8 +12,8 @@ from vllm_twotower.config import FIRST_MODE, EngineOptions, RequestOptions
 from vllm_twotower.sampling.row_options import RowOptions
 from vllm_twotower.sampling.strategies import NOISE_SCHEDULES, REMASKING_SCORES, strategies
 
-from .logit_rules import LogitRules
-from .token_logprobs import TokenLogprobs
+from .logit_rules import RuleTable
+from .token_logprobs import LogprobTable
 
 _COLUMN_TYPES = {
     "max_steps": torch.int64,
@@ -52,10 +52,8 @@ class RequestTable:
         self.is_filtered = np.zeros(max_num_reqs, dtype=bool)
         self.scores_prompt = np.zeros(max_num_reqs, dtype=bool)
         self.strategy = np.zeros(max_num_reqs, dtype=np.int64)
-        self.rules: list[LogitRules | None] = [None] * max_num_reqs
-        self.has_rules = np.zeros(max_num_reqs, dtype=bool)
-        self.logprobs: list[TokenLogprobs | None] = [None] * max_num_reqs
-        self.has_logprobs = np.zeros(max_num_reqs, dtype=bool)
+        self.rules = RuleTable(max_num_reqs, vocab_size, device)
+        self.logprobs = LogprobTable(max_num_reqs, engine.canvas_length, vocab_size, device)
 
         shape = (max_num_reqs, engine.canvas_length)
         self.canvas = torch.full(shape, engine.mask_token_id, dtype=torch.int64, device=device)
@@ -85,10 +83,8 @@ class RequestTable:
         self.is_filtered[slot] = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
         self.scores_prompt[slot] = params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
         self.strategy[slot] = self.strategy_names.index(options.strategy)
-        self.rules[slot] = LogitRules.of(params, self.vocab_size, self.device)
-        self.has_rules[slot] = self.rules[slot] is not None
-        self.logprobs[slot] = TokenLogprobs.of(params, options.canvas_length, self.vocab_size, self.device)
-        self.has_logprobs[slot] = self.logprobs[slot] is not None
+        self.rules.set(slot, params)
+        self.logprobs.set(slot, params)
         self.canvas[slot] = self.engine.mask_token_id
         self.step[slot] = 0
         values = RowOptions(

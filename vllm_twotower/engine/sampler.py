@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Protocol
 
@@ -31,11 +32,11 @@ from vllm_twotower.sampling.strategies import Commit, DenoiserPass
 from vllm_twotower.sampling.uniform import uniform
 
 from .blocks import Blocks
-from .logit_rules import UNDECIDED, Text
+from .logit_rules import NOTHING, UNDECIDED, RuledRows
 from .request_table import RequestTable
 from .staging import Staging
 from .step_plan import RowSplit, StepPlan, TowerRows
-from .token_logprobs import collect
+from .token_logprobs import ScoredTokens
 
 
 class PassSource(Protocol):
@@ -47,6 +48,36 @@ class PassSource(Protocol):
     def take_plan(self) -> StepPlan | None: ...
 
     def denoise_again(self, blocks: Blocks, changed: bool) -> torch.Tensor: ...
+
+
+@dataclass
+class StepOutput:
+    """What a step's rows return: tokens (rows, S) on the device, and on the host how many of them (rows,).
+
+    ``slots`` (rows,) are the rows' requests, ``passes`` (rows,) the towers that ran them, see :class:`TwoTowerSampler`.
+    ``bitmasks`` (g, V / 32) are the grammars of the step, ``grammar`` (rows,) the row's one of them or -1.
+    """
+
+    slots: np.ndarray
+    tokens: torch.Tensor
+    num_sampled: np.ndarray
+    passes: np.ndarray
+    grammar: np.ndarray
+    bitmasks: np.ndarray | None
+
+    @classmethod
+    def of(cls, logits: StepLogits, input_batch: InputBatch, canvas_length: int, device: torch.device) -> StepOutput:
+        """That of a step of which nothing is sampled yet."""
+        num_reqs, bitmasks = input_batch.num_reqs, None
+        counts = np.zeros((2, num_reqs), dtype=np.int32)
+        grammar = np.full(num_reqs, -1)
+        if logits.grammar is not None:
+            names, masks = logits.grammar
+            row_of = {name: row for row, name in enumerate(input_batch.req_ids)}
+            grammar[[row_of[name] for name in names]] = np.arange(len(names))
+            bitmasks = np.stack(masks)
+        tokens = torch.zeros(num_reqs, canvas_length, dtype=torch.int64, device=device)
+        return cls(input_batch.idx_mapping_np[:num_reqs], tokens, counts[0], counts[1], grammar, bitmasks)
 
 
 class TwoTowerSampler:
@@ -82,82 +113,62 @@ class TwoTowerSampler:
         """Samples for one step; ``logits`` are those of the current plan's rows."""
         plan, table = self._source.take_plan(), self._table
         num_reqs, device = input_batch.num_reqs, table.device
-        sampled = torch.zeros(num_reqs, table.engine.canvas_length, dtype=torch.int64, device=device)
-        num_sampled = np.zeros(num_reqs, dtype=np.int32)
+        output = StepOutput.of(logits, input_batch, table.engine.canvas_length, device)
         if plan is None:  # memory is being profiled
             predict(logits.denoiser_head(logits.denoiser[: logits.tile]).float())
             nothing = torch.zeros(num_reqs, dtype=torch.int32, device=device)
-            return SamplerOutput(sampled, None, None, nothing, nothing.clone())
+            return SamplerOutput(output.tokens, None, None, nothing, nothing.clone())
         # Draft tokens are placeholders here, so the scheduler has none to check against a grammar.
         input_batch.has_structured_output_reqs = False
-        slots, split = input_batch.idx_mapping_np, plan.split
-        passes = np.zeros(num_reqs, dtype=np.int32)
-        passes[split.context.batch_rows] = 1
-        self._emit_committed(plan, slots, sampled, num_sampled)
-        grammar = _grammar_rows(logits, input_batch)
+        slots, split = output.slots, plan.split
+        output.passes[split.context.batch_rows] = 1
+        self._emit_committed(plan, output)
         if logits.context is not None:
             rows = split.context.take(split.next_token[split.context.batch_rows])
             for part in _tiles(len(rows), logits.tile):
                 context = logits.context_head(logits.context[part]).float()
-                tokens = self._next_tokens(rows.take(part), slots, context, grammar, sampled, num_sampled)
+                tokens = self._next_tokens(rows.take(part), context, output)
                 table.pending_tokens[self._device_slots(slots, rows.take(part)), 0] = tokens
         if len(split.mock_ar):
-            self._mock_ar(plan, slots, logits, grammar, sampled, num_sampled)
+            self._mock_ar(plan, logits, output)
         if plan.blocks is not None:
-            self._fill(plan.blocks, split, logits, sampled, num_sampled, passes)
+            self._fill(plan.blocks, split, logits, output)
 
         is_block = ~(table.is_ar[slots] | table.is_mock_ar[slots])
         drafts = np.where(input_batch.is_prefilling_np[:num_reqs], 0, input_batch.num_scheduled_tokens[:num_reqs])
-        rejected = is_block * (drafts - num_sampled)
-        wanted = {row: table.logprobs[slots[row]] for row in np.flatnonzero(table.has_logprobs[slots]).tolist()}
+        rejected = is_block * (drafts - output.num_sampled)
         return SamplerOutput(
-            sampled_token_ids=sampled,
-            logprobs_tensors=collect(wanted, num_sampled.tolist()) if wanted else None,
-            num_nans=async_tensor_h2d(passes, device=device),
-            num_sampled=async_tensor_h2d(num_sampled, device=device),
+            sampled_token_ids=output.tokens,
+            logprobs_tensors=table.logprobs.collect(slots, output.num_sampled),
+            num_nans=async_tensor_h2d(output.passes, device=device),
+            num_sampled=async_tensor_h2d(output.num_sampled, device=device),
             num_rejected=async_tensor_h2d(rejected, device=device, dtype=torch.int32),
         )
 
     def _device_slots(self, slots: np.ndarray, rows: TowerRows) -> torch.Tensor:
         return async_tensor_h2d(slots[rows.batch_rows], device=self._table.device)
 
-    def _mock_ar(
-        self,
-        plan: StepPlan,
-        slots: np.ndarray,
-        logits: StepLogits,
-        grammar: dict[int, np.ndarray],
-        sampled: torch.Tensor,
-        num_sampled: np.ndarray,
-    ) -> None:
+    def _mock_ar(self, plan: StepPlan, logits: StepLogits, output: StepOutput) -> None:
         """The next tokens of ``mock_ar`` rows, whose newest tokens are the last the denoiser ran on."""
         table, first = self._table, len(logits.denoiser) - len(plan.split.mock_ar)
         for part in _tiles(len(plan.split.mock_ar), logits.tile):
             rows = plan.split.mock_ar.take(part)
             of_rows = slice(first + part.start, first + part.stop)
             denoiser = logits.denoiser_head(logits.denoiser[of_rows]).float()
-            tokens = self._next_tokens(rows, slots, denoiser, grammar, sampled, num_sampled)
-            device_slots = self._device_slots(slots, rows)
+            tokens = self._next_tokens(rows, denoiser, output)
+            device_slots = self._device_slots(output.slots, rows)
             table.pending_tokens[device_slots, 0] = plan.canvas.input_ids[of_rows].long()
             table.canvas[device_slots, 0] = tokens
 
-    def _fill(
-        self,
-        blocks: Blocks,
-        split: RowSplit,
-        logits: StepLogits,
-        sampled: torch.Tensor,
-        num_sampled: np.ndarray,
-        passes: np.ndarray,
-    ) -> None:
+    def _fill(self, blocks: Blocks, split: RowSplit, logits: StepLogits, output: StepOutput) -> None:
         """Denoises the blocks, as often as a step may; blocks that are whole drop out."""
         engine = self._table.engine
         limit = engine.denoise_steps_per_engine_step
         num_canvases, num_finished = len(blocks) + split.num_held, split.num_held
         hidden = logits.denoiser[: blocks.rows.num_tokens]
         for count in itertools.count(1):
-            converged = self._denoise_tiles(blocks, hidden, logits, sampled, num_sampled)
-            passes[blocks.rows.batch_rows] += 2
+            converged = self._denoise_tiles(blocks, hidden, logits, output)
+            output.passes[blocks.rows.batch_rows] += 2
             num_finished += int(converged.sum())
             if limit == "auto":
                 # A whole block's request goes on in the next step, unless it has to wait for others anyway.
@@ -178,50 +189,48 @@ class TwoTowerSampler:
         return Blocks(rows, host_slots, self._table, self._source.staging)
 
     def _denoise_tiles(
-        self, blocks: Blocks, hidden: torch.Tensor, logits: StepLogits, sampled: torch.Tensor, num_sampled: np.ndarray
+        self, blocks: Blocks, hidden: torch.Tensor, logits: StepLogits, output: StepOutput
     ) -> np.ndarray:
         """One pass over the blocks, a tile of logits at a time; returns which (R,) are whole."""
         if len(hidden) <= logits.tile:
-            return self._denoise(blocks, logits.denoiser_head(hidden).float(), sampled, num_sampled)
+            return self._denoise(blocks, logits.denoiser_head(hidden).float(), output)
         converged, bounds = [], blocks.rows.query_start_loc
         for part in _tiles(len(blocks), max(1, logits.tile // self._table.engine.canvas_length)):
             some = self._blocks(blocks.rows.take(part), blocks.host_slots[part])
             of_tile = logits.denoiser_head(hidden[bounds[part.start] : bounds[part.stop]]).float()
-            converged.append(self._denoise(some, of_tile, sampled, num_sampled))
+            converged.append(self._denoise(some, of_tile, output))
         blocks.load(self._table)
         return np.concatenate(converged)
 
-    def _emit_committed(
-        self, plan: StepPlan, slots: np.ndarray, sampled: torch.Tensor, num_sampled: np.ndarray
-    ) -> None:
+    def _emit_committed(self, plan: StepPlan, output: StepOutput) -> None:
         """Returns the pending tokens of rows that emit when they commit, and forgets what was committed."""
-        table, emits = self._table, np.flatnonzero(plan.split.emits)
+        table, slots, emits = self._table, output.slots, np.flatnonzero(plan.split.emits)
         if len(emits):
-            rows = async_tensor_h2d(emits, device=sampled.device)
-            sampled[rows] = table.pending_tokens[async_tensor_h2d(slots[emits], device=sampled.device)]
-            num_sampled[emits] = table.pending[slots[emits]]
+            rows = async_tensor_h2d(emits, device=table.device)
+            output.tokens[rows] = table.pending_tokens[async_tensor_h2d(slots[emits], device=table.device)]
+            output.num_sampled[emits] = table.pending[slots[emits]]
         left = plan.split.still_pending
         table.read[slots] = np.where(left > 0, table.read[slots] + table.pending[slots] - left, 0)
         table.pending[slots] = left
 
-    def _next_tokens(
-        self,
-        rows: TowerRows,
-        slots: np.ndarray,
-        logits: torch.Tensor,
-        grammar: dict[int, np.ndarray],
-        sampled: torch.Tensor,
-        num_sampled: np.ndarray,
-    ) -> torch.Tensor:
+    def _next_tokens(self, rows: TowerRows, logits: torch.Tensor, output: StepOutput) -> torch.Tensor:
         """Chooses and returns the next token (A,) of autoregressive rows from fp32 logits (A, V)."""
         table, device = self._table, logits.device
-        host_slots, batch_rows = slots[rows.batch_rows], rows.batch_rows
-        if chosen := [i for i, row in enumerate(batch_rows.tolist()) if row in grammar]:
-            bitmask = np.stack([grammar[int(batch_rows[i])] for i in chosen])
-            constrained = logits[chosen]
-            xgrammar.apply_token_bitmask_inplace(constrained, async_tensor_h2d(bitmask, device=device))
-            logits[chosen] = constrained
-        raw = self._apply_rules(rows, host_slots, logits, None)
+        host_slots, batch_rows = output.slots[rows.batch_rows], rows.batch_rows
+        grammar = output.grammar[batch_rows]
+        if len(constrained := np.flatnonzero(grammar >= 0)):
+            chosen = async_tensor_h2d(constrained, device=device)
+            bitmasks = async_tensor_h2d(output.bitmasks[grammar[constrained]], device=device)
+            of_grammar = logits[chosen]
+            xgrammar.apply_token_bitmask_inplace(of_grammar, bitmasks)
+            logits[chosen] = of_grammar
+        index, first = np.arange(len(rows)), np.zeros(len(rows), dtype=np.int64)
+        scored = self._scored_tokens(index, first, host_slots, logits)
+        if len(ruled := np.flatnonzero(table.rules.has_rules[host_slots])):
+            ahead = torch.full((len(ruled), 1), UNDECIDED, device=device)
+            ends, each = rows.seq_lens[ruled], index[: len(ruled)]
+            table.rules.apply(logits, self._ruled_rows(host_slots[ruled], ends, ahead, each, first[ruled], ruled))
+        self._score_processed(scored, logits)
         tokens = logits.argmax(-1)
         hot = np.flatnonzero(table.is_random[host_slots])
         if len(hot):
@@ -231,19 +240,15 @@ class TwoTowerSampler:
             zero = torch.zeros_like(position)
             shaped = self._shape(logits[chosen], options, host_slots[hot])
             tokens[chosen] = draw(shaped, uniform(options.seed, position, zero, zero))
-            self._keep_processed(raw, hot, shaped, np.arange(len(rows)))
-        for i in np.flatnonzero(table.has_logprobs[host_slots]).tolist():
-            one = slice(i, i + 1)
-            always = torch.ones(1, dtype=torch.bool, device=device)
-            table.logprobs[host_slots[i]].record(always, raw.get(i, logits[one]), tokens[one], self._scores_as_logits)
-        sampled[async_tensor_h2d(batch_rows, device=device), 0] = tokens
-        num_sampled[batch_rows] = 1
+            self._score_processed(scored, shaped, hot)
+        if scored is not None:
+            table.logprobs.record(scored, torch.ones_like(tokens, dtype=torch.bool), tokens, self._scores_as_logits)
+        output.tokens[async_tensor_h2d(batch_rows, device=device), 0] = tokens
+        output.num_sampled[batch_rows] = 1
         table.pending[host_slots] = 1
         return tokens
 
-    def _denoise(
-        self, blocks: Blocks, logits: torch.Tensor, sampled: torch.Tensor, num_sampled: np.ndarray
-    ) -> np.ndarray:
+    def _denoise(self, blocks: Blocks, logits: torch.Tensor, output: StepOutput) -> np.ndarray:
         """One denoising step of blocks from fp32 logits (T, V) of one pass; returns which (R,) are whole now.
 
         A whole block becomes pending, and is returned at once unless it must be committed first.
@@ -251,18 +256,20 @@ class TwoTowerSampler:
         table, rows, host_slots = self._table, blocks.rows, blocks.host_slots
         engine = table.engine
         suppress_mask_token(logits, engine.mask_token_id)
-        scored = self._apply_rules(rows, host_slots, logits, blocks)
+        scored = self._scored_tokens(rows.row_of_token, rows.offsets, host_slots, logits)
+        if ruled := self._ruled_blocks(blocks, blocks.canvas.masked_fill(blocks.masked, UNDECIDED)):
+            table.rules.apply(logits, ruled)
+        self._score_processed(scored, logits)
         denoised = self._predict(blocks, logits, scored)
         commit = self._commit(blocks, denoised)
-        positions = self._hold_back(blocks, denoised, commit.positions)
-        canvas = torch.where(positions, denoised.prediction, blocks.canvas)
+        positions, canvas = commit.positions, torch.where(commit.positions, denoised.prediction, blocks.canvas)
+        if ruled:
+            positions = self._hold_back(blocks, denoised, positions, canvas)
+            canvas = torch.where(positions, denoised.prediction, blocks.canvas)
         converged = ~(blocks.masked & ~positions).any(1)
-        bounds = rows.query_start_loc
-        for i in np.flatnonzero(table.has_logprobs[host_slots]).tolist():
-            n, of_row = int(rows.lengths[i]), slice(bounds[i], bounds[i + 1])
-            table.logprobs[host_slots[i]].record(
-                positions[i, :n], scored.get(i, logits[of_row]), denoised.prediction[i, :n], self._scores_as_logits
-            )
+        if scored is not None:
+            chosen, tokens = blocks.by_token(positions), blocks.by_token(denoised.prediction)
+            table.logprobs.record(scored, chosen, tokens, self._scores_as_logits)
 
         # The next rows depend on which blocks are whole.
         done = converged.cpu().numpy()
@@ -277,43 +284,63 @@ class TwoTowerSampler:
         table.pending[host_slots[done]] = rows.lengths[done]
         if engine.commit != "separate":
             whole = async_tensor_h2d(np.flatnonzero(done), device=canvas.device)
-            sampled[async_tensor_h2d(rows.batch_rows[done], device=canvas.device)] = canvas[whole]
-            num_sampled[rows.batch_rows[done]] = rows.lengths[done]
+            output.tokens[async_tensor_h2d(rows.batch_rows[done], device=canvas.device)] = canvas[whole]
+            output.num_sampled[rows.batch_rows[done]] = rows.lengths[done]
         return done
 
-    def _text(self, slot: int, start: int, ahead: torch.Tensor) -> Text:
-        """The tokens of a request before position ``start``, and those from there on."""
-        prompt_len = int(self.req_states.prompt_len.np[slot])
-        tokens = self.req_states.all_token_ids.gpu[slot, :start].long()
-        return Text(tokens[:prompt_len], tokens[prompt_len:], ahead)
-
-    def _ahead(self, blocks: Blocks | None, row: int, length: int) -> torch.Tensor:
-        """What stands at the positions that a row predicts."""
-        if blocks is None:
-            return torch.full((1,), UNDECIDED, dtype=torch.int64, device=self._table.device)
-        return blocks.canvas[row, :length].masked_fill(blocks.masked[row, :length], UNDECIDED)
-
-    def _apply_rules(
+    def _ruled_rows(
         self,
-        rows: TowerRows,
         host_slots: np.ndarray,
-        logits: torch.Tensor,
-        blocks: Blocks | None,
-    ) -> dict[int, torch.Tensor]:
-        """Applies the requests' rules to their logits in place: those of the blocks' tokens, or one of each row.
+        starts: np.ndarray,
+        ahead: torch.Tensor,
+        row: np.ndarray,
+        column: np.ndarray,
+        index: np.ndarray,
+    ) -> RuledRows:
+        """Rows with rules; arguments as in :class:`RuledRows`, on the host but for ``ahead``."""
+        device = self._table.device
+        slots, starts_, row_, column_, index_ = (
+            async_tensor_h2d(array, device=device) for array in (host_slots, starts, row, column, index)
+        )
+        text = self.req_states.all_token_ids.gpu[:, : starts.max()][slots]
+        prompt_lens = async_tensor_h2d(self.req_states.prompt_len.np[host_slots], device=device)
+        return RuledRows(host_slots, slots, text, prompt_lens, starts_, ahead, row_, column_, index_)
 
-        Returns the logits as they were, by row, where log-probabilities of these are wanted.
-        """
-        table, raw = self._table, {}
-        bounds = np.arange(len(rows) + 1) if blocks is None else rows.query_start_loc
-        for i in np.flatnonzero(table.has_rules[host_slots]).tolist():
-            of_row = logits[bounds[i] : bounds[i + 1]]
-            if table.has_logprobs[host_slots[i]] and not self._scores_processed:
-                raw[i] = of_row.clone()
-            start = int(rows.seq_lens[i] if blocks is None else rows.starts[i])
-            text = self._text(host_slots[i], start, self._ahead(blocks, i, len(of_row)))
-            table.rules[host_slots[i]].apply(of_row, text)
-        return raw
+    def _ruled_blocks(self, blocks: Blocks, ahead: torch.Tensor) -> RuledRows | None:
+        """The blocks whose requests have rules, ``ahead`` (R, S) being what stands in all of them."""
+        ruled = np.flatnonzero(self._table.rules.has_rules[blocks.host_slots])
+        if not len(ruled):
+            return None
+        if blocks.places is not None:
+            columns = torch.arange(ahead.shape[1], device=ahead.device)
+            ahead = ahead.masked_fill(columns >= blocks.lengths[:, None], NOTHING)
+        some = blocks.rows.take(ruled)
+        return self._ruled_rows(
+            blocks.host_slots[ruled],
+            some.starts,
+            ahead[async_tensor_h2d(ruled, device=ahead.device)],
+            some.row_of_token,
+            some.offsets,
+            some.spread(blocks.rows.query_start_loc[ruled]),
+        )
+
+    def _scored_tokens(
+        self, row_of_token: np.ndarray, columns: np.ndarray, host_slots: np.ndarray, logits: torch.Tensor
+    ) -> ScoredTokens | None:
+        """The tokens of rows that ask for log-probabilities, with their logits as they are now."""
+        slots = host_slots[row_of_token]
+        index = np.flatnonzero(self._table.logprobs.has_logprobs[slots])
+        if not len(index):
+            return None
+        of_index = logits[async_tensor_h2d(index, device=logits.device)]
+        return ScoredTokens(index, slots[index], columns[index], of_index)
+
+    def _score_processed(
+        self, scored: ScoredTokens | None, logits: torch.Tensor, index: np.ndarray | None = None
+    ) -> None:
+        """Scores all tokens of a pass, or those at ``index``, under changed logits, if ``logprobs_mode`` says so."""
+        if scored is not None and self._scores_processed:
+            scored.replace(np.arange(len(logits)) if index is None else index, logits)
 
     def _shape(self, logits: torch.Tensor, options: RowOptions, host_slots: np.ndarray) -> torch.Tensor:
         """Tempered and filtered logits of rows with a temperature; ``host_slots`` are theirs."""
@@ -321,17 +348,7 @@ class TwoTowerSampler:
             return logits / options.temperature[:, None]
         return temper_and_filter(logits, options)
 
-    def _keep_processed(
-        self, scored: dict[int, torch.Tensor], hot: np.ndarray, shaped: torch.Tensor, row_of_token: np.ndarray
-    ) -> None:
-        """Notes the logits (n, V) that the rows of tokens ``hot`` (n,) draw from, if log-probabilities are of those."""
-        if self._scores_processed:
-            of_row = row_of_token[hot]
-            for row in np.unique(of_row).tolist():
-                first, end = np.searchsorted(of_row, (row, row + 1))
-                scored[row] = shaped[first:end]
-
-    def _predict(self, blocks: Blocks, logits: torch.Tensor, scored: dict[int, torch.Tensor]) -> DenoiserPass:
+    def _predict(self, blocks: Blocks, logits: torch.Tensor, scored: ScoredTokens | None) -> DenoiserPass:
         """Predictions and what the strategies ask of them, from fp32 logits (T, V) of the blocks' tokens."""
         table, host_slots = self._table, blocks.host_slots
         needs = frozenset().union(*(table.strategies[index].needs for index, _ in blocks.strategy_rows))
@@ -350,7 +367,7 @@ class TwoTowerSampler:
             confidence[chosen] = probability(hot_logits, tokens[chosen])
             if energy is not None:
                 energy[chosen] = options.temperature * shaped.logsumexp(-1) - hot_logits.logsumexp(-1)
-            self._keep_processed(scored, hot, shaped, row_of_token)
+            self._score_processed(scored, shaped, hot)
 
         return DenoiserPass(
             prediction=blocks.by_row(tokens),
@@ -375,17 +392,13 @@ class TwoTowerSampler:
         is_last = result.step >= blocks.options.max_steps - 1
         return Commit((result.positions | is_last[:, None]) & blocks.masked, result.step)
 
-    def _hold_back(self, blocks: Blocks, denoised: DenoiserPass, positions: torch.Tensor) -> torch.Tensor:
-        """The positions (R, S) without those whose tokens would make up a request's banned phrase."""
-        table, rows, host_slots = self._table, blocks.rows, blocks.host_slots
-        for i in np.flatnonzero(table.has_rules[host_slots]).tolist():
-            rules = table.rules[host_slots[i]]
-            if rules.phrases:
-                n = int(rows.lengths[i])
-                new = positions[i, :n]
-                ahead = torch.where(new, denoised.prediction[i, :n], self._ahead(blocks, i, n))
-                text = self._text(host_slots[i], int(rows.starts[i]), ahead)
-                positions[i, :n] = rules.hold_back(text, new, denoised.confidence[i, :n])
+    def _hold_back(
+        self, blocks: Blocks, denoised: DenoiserPass, positions: torch.Tensor, canvas: torch.Tensor
+    ) -> torch.Tensor:
+        """The positions (R, S) without those whose tokens would make up a request's banned phrase in the canvas."""
+        ruled = self._ruled_blocks(blocks, canvas.masked_fill(blocks.masked & ~positions, UNDECIDED))
+        rows = async_tensor_h2d(np.flatnonzero(self._table.rules.has_rules[blocks.host_slots]), device=positions.device)
+        positions[rows] = self._table.rules.hold_back(positions[rows], denoised.confidence[rows], ruled)
         return positions
 
 
@@ -393,11 +406,3 @@ def _tiles(total: int, size: int) -> Iterator[slice]:
     """Slices of at most ``size`` that cover ``total``."""
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
-
-
-def _grammar_rows(logits: StepLogits, input_batch: InputBatch) -> dict[int, np.ndarray]:
-    """The grammar's bitmask (V / 32,) of each batch row that has one."""
-    if logits.grammar is None:
-        return {}
-    row_of = {name: row for row, name in enumerate(input_batch.req_ids)}
-    return {row_of[name]: mask for name, mask in zip(*logits.grammar, strict=True)}

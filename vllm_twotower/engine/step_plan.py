@@ -78,13 +78,13 @@ class TowerRows:
         return np.repeat(np.arange(len(self)), self.lengths)
 
     @cached_property
-    def _offsets(self) -> np.ndarray:
+    def offsets(self) -> np.ndarray:
         """(T,): each token's place in its row."""
         return np.arange(self.num_tokens) - self.query_start_loc[:-1][self.row_of_token]
 
     def spread(self, firsts: np.ndarray) -> np.ndarray:
         """(T,): ``firsts[i], firsts[i] + 1, ...`` for the tokens of row i."""
-        return firsts[self.row_of_token] + self._offsets
+        return firsts[self.row_of_token] + self.offsets
 
 
 _COLUMNS = tuple(field.name for field in fields(TowerRows))
