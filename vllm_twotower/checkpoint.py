@@ -25,11 +25,32 @@ DEFAULT_MASK_TOKEN_ID = 3
 TIMESTEP_FREQUENCIES = 256
 """Width of the sinusoidal time embedding: 128 cosines, then 128 sines."""
 
-_LAYER_KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+_LAYER_LETTERS = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "moe": "E",
+    "mlp": "-",
+}
+"""The layers' names in the ``layers_block_type`` of newer configurations."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint does not have the tensors or the configuration that the TwoTower layout asks for."""
+
+
+def layer_pattern(config: Mapping[str, Any]) -> str:
+    """The letters of the layers from a ``config.json`` of either form: a pattern, or a list of names.
+
+    Raises :class:`CheckpointError` for an unknown name; empty if the configuration has neither.
+    """
+    if pattern := config.get("hybrid_override_pattern"):
+        return pattern
+    names = config.get("layers_block_type") or config.get("layer_types") or []
+    if unknown := sorted(set(names) - set(_LAYER_LETTERS)):
+        raise CheckpointError(f"layers_block_type has {unknown}: known are {sorted(_LAYER_LETTERS)}")
+    return "".join(_LAYER_LETTERS[name] for name in names)
 
 
 @dataclass(frozen=True)
@@ -68,10 +89,10 @@ class TwoTowerConfig:
     canvas_length: int = DEFAULT_CANVAS_LENGTH
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.pattern) - set(_LAYER_KINDS))
-        if not self.pattern or unknown:
+        letters = list(dict.fromkeys(_LAYER_LETTERS.values()))
+        if not self.pattern or set(self.pattern) - set(letters):
             raise CheckpointError(
-                f"hybrid_override_pattern is {self.pattern!r}: it needs one of {list(_LAYER_KINDS)} for every layer"
+                f"hybrid_override_pattern is {self.pattern!r}: it needs one of {letters} for every layer"
             )
         for heads, groups in (
             ("num_attention_heads", "num_key_value_heads"),
@@ -89,7 +110,7 @@ class TwoTowerConfig:
         A feature of Nemotron-H that no TwoTower uses (expert groups, another activation, tied embeddings) is refused.
         """
         config = dict(config)
-        config["pattern"] = config.pop("hybrid_override_pattern", None) or ""
+        config["pattern"] = layer_pattern(config)
         for name, allowed in (("n_group", 1), ("mlp_hidden_act", "relu2"), ("tie_word_embeddings", False)):
             value = config.get(name, allowed)
             if value != allowed:

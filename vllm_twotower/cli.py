@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from vllm_twotower import __version__, demo
+from vllm_twotower import __version__, conversion, demo, inspection
 from vllm_twotower.planning import cli as planning
 from vllm_twotower.training import cli as training
 
 COMMANDS = {
     "demo": ("generate with the tiny model, by mask diffusion and token by token", demo),
+    "init": ("make a TwoTower checkpoint from a Nemotron-H one", conversion),
+    "inspect": ("say what a checkpoint holds, and the memory it needs", inspection),
     "plan": ("predict speed and memory on given hardware", planning),
     "train": ("train a TwoTower from a YAML file", training),
 }

@@ -1,29 +1,32 @@
 """Training: the data and their split, the loss, the loop and its checkpoints, and the exported folder."""
 
 import argparse
+import datetime
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from vllm_twotower.reference import TwoTowerModel
 from vllm_twotower.training import cli
-from vllm_twotower.training.config import TrainConfig, TrainConfigError, load_config, parse_section
+from vllm_twotower.training.config import SourceConfig, TrainConfig, TrainConfigError, load_config, parse_section
+from vllm_twotower.training.corpus import Corpus, Document, prepare_corpus
 from vllm_twotower.training.data import (
     ANSWER_START,
-    Document,
-    draw_sequences,
+    draw_sequence,
     make_ar_batch,
     make_denoiser_batch,
     pack,
     step_rng,
 )
 from vllm_twotower.training.evaluate import evaluation_problems
-from vllm_twotower.training.library_text import draw_piece
+from vllm_twotower.training.library_text import draw_piece, library_prose, library_sources
 from vllm_twotower.training.objective import ar_loss, weighted_cross_entropy
 from vllm_twotower.training.problems import (
     FAMILIES,
@@ -59,7 +62,9 @@ def tiny_content(folder: Path) -> dict:
         "ssm_state_size": 8,
     }
     content["tokenizer"] = {"vocab_size": 300, "documents": 100}
-    content["data"] |= {"sequence_length": 160, "library_characters": 80}
+    content["data"]["sequence_length"] = 160
+    for source, documents in zip(content["data"]["sources"], (200, 10, 10), strict=True):
+        source["documents"] = documents
     for stage in ("ar", "denoiser"):
         content[stage] |= {"steps": 4, "batch_size": 2, "warmup_steps": 1}
     content["evaluation"] = {"problems": 2, "gammas": [0.8], "max_new_tokens": 8}
@@ -86,6 +91,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory):
     return prepare_tokenizer(parse_section(TrainConfig, tiny_content(folder), ""), folder)
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Corpus:
+    folder = tmp_path_factory.mktemp("corpus")
+    data = parse_section(TrainConfig, tiny_content(folder), "").data
+    return prepare_corpus(data, 1, tokenizer, folder / "data")
+
+
 class TestProblems:
     @pytest.mark.parametrize("family", FAMILIES)
     def test_its_own_answer_is_right_and_another_is_wrong(self, family):
@@ -104,6 +116,8 @@ class TestProblems:
             (" The answer is 3", None),
             (" The answer is 3.5.", "3.5"),
             (" 1 + 2 = 3.", None),
+            (' {"a": 1,  "b": "x"} and more', '{"a": 1, "b": "x"}'),
+            (' {"a": 1, "b":', None),
             ("", None),
         ],
     )
@@ -112,13 +126,38 @@ class TestProblems:
 
     def test_arithmetic_is_right(self):
         rng = random.Random(0)
-        for family in ("addition", "subtraction", "multiplication", "add_then_subtract", "multiply_then_add"):
+        seen = 0
+        for family in FAMILIES:
             for _ in range(50):
-                problem = draw_problem(rng, family)
-                for equation in problem.answer.split(".")[:-2]:
-                    if "=" in equation:
-                        left, right = equation.split("=")
-                        assert eval(left) == int(right)
+                for equation in re.findall(r"[\d *+-]+ = [\d *+-]+", draw_problem(rng, family).answer):
+                    left, right = equation.split("=")
+                    assert eval(left) == eval(right), equation
+                    seen += 1
+        assert seen > 500
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_families_are_too_large_to_remember(self, family):
+        rng = random.Random(1)
+        draws = [draw_problem(rng, family) for _ in range(20_000)]
+        assert len({(problem.template, problem.key) for problem in draws}) > 4000
+
+    def test_answers_are_those_of_an_independent_calculation(self):
+        rng = random.Random(2)
+        for _ in range(200):
+            date = draw_problem(rng, "days_after")
+            month, day, days = date.key
+            later = datetime.date(2023, month + 1, day) + datetime.timedelta(days)
+            assert date.result == f"{later:%B} {later.day}"
+            time = draw_problem(rng, "clock")
+            later = datetime.datetime(2023, 1, 1, *time.key[:2]) + datetime.timedelta(minutes=time.key[2])
+            assert time.result == f"{later.hour}:{later.minute:02}"
+            weekday = draw_problem(rng, "weekdays")
+            known = datetime.date(2024, 1, 1 + weekday.key[1])  # a Monday, and those after it
+            assert weekday.result == f"{known + datetime.timedelta(weekday.key[3]):%A}"
+            record = draw_problem(rng, "json_extraction")
+            assert all(str(value) in record.question for value in json.loads(record.result).values())
+            expression = draw_problem(rng, "python_lists")
+            assert str(eval(expression.question.removeprefix("What is ").removesuffix("?"))) == expression.result
 
     def test_training_never_meets_a_held_out_problem(self):
         rng = random.Random(0)
@@ -130,17 +169,15 @@ class TestProblems:
 
     def test_the_split_is_the_same_everywhere(self):
         held_out = [draw_problem(random.Random(i), "addition").held_out for i in range(200)]
-        assert [i for i, held in enumerate(held_out) if held] == [38, 53, 84, 93, 106, 149, 159, 168, 190]
-
-    def test_small_families_yield_what_they_have(self):
-        assert len(draw_held_out_problems(random.Random(0), {"capitals": 1.0}, 100)) < 100
+        assert [i for i, held in enumerate(held_out) if held] == [4, 9, 18, 71, 107, 121, 133, 162, 179, 181, 196]
 
 
-def test_library_pieces_are_short_whole_lines():
+@pytest.mark.parametrize("texts", [library_sources, library_prose])
+def test_library_pieces_are_short_whole_lines(texts):
     rng = random.Random(0)
-    pieces = [draw_piece(rng, 100) for _ in range(50)]
+    pieces = [draw_piece(rng, texts(), 100) for _ in range(50)]
     assert all(0 < len(piece) <= 100 and piece.strip() for piece in pieces)
-    assert pieces[:5] == [draw_piece(same, 100) for same in [random.Random(0)] for _ in range(5)]
+    assert pieces[:5] == [draw_piece(same, texts(), 100) for same in [random.Random(0)] for _ in range(5)]
 
 
 class TestTokenizer:
@@ -174,23 +211,70 @@ class TestTokenizer:
         assert ids == [BOS_ID, *parts[0]]
 
 
+class TestCorpus:
+    def test_files_become_documents(self, config, tokenizer, tmp_path):
+        lines = tmp_path / "lines.jsonl"
+        lines.write_text(
+            json.dumps({"prompt": "Question: 1?", "answer": " One."}) + "\n" + json.dumps({"text": "Some text."}) + "\n"
+        )
+        words = " ".join(str(i) for i in range(300))
+        (tmp_path / "long.txt").write_text(words)
+        sources = [
+            SourceConfig("jsonl", path=str(lines), weight=0.5),
+            SourceConfig("text", path=str(tmp_path / "long.txt"), weight=0.25),
+        ]
+        corpus = prepare_corpus(replace(config.data, sources=sources), 1, tokenizer, tmp_path / "data")
+
+        def text(document: Document, part: slice) -> str:
+            return tokenizer.decode(document.tokens[part].tolist())
+
+        first, second, *long = (corpus[i] for i in range(len(corpus)))
+        assert (text(first, slice(first.answer_start)), text(first, slice(first.answer_start, None))) == (
+            "Question: 1?",
+            " One.",
+        )
+        assert (second.answer_start, text(second, slice(None)), second.answer_weight) == (1, "Some text.", 0.5)
+        assert len(long) > 1
+        assert "".join(text(document, slice(None)) for document in long) == words
+        for document in long:
+            assert len(document.tokens) <= config.data.sequence_length
+            assert (document.tokens[0], document.tokens[-1]) == (BOS_ID, EOS_ID)
+            assert document.answer_weight == 0.25
+        assert sum(len(corpus[i].tokens) for i in range(len(corpus))) == corpus.num_tokens
+
+    def test_a_bad_line_is_named(self, config, tokenizer, tmp_path):
+        (tmp_path / "lines.jsonl").write_text('{"text": "x"}\n{"prompt": "y"}\n')
+        sources = [SourceConfig("jsonl", path=str(tmp_path / "lines.jsonl"))]
+        with pytest.raises(TrainConfigError, match="lines.jsonl, line 2: expected"):
+            prepare_corpus(replace(config.data, sources=sources), 1, tokenizer, tmp_path / "data")
+        assert not (tmp_path / "data").exists()
+
+    def test_no_held_out_problem_is_in_it(self, corpus, tokenizer):
+        held_out = {problem.question for problem in draw_held_out_problems(random.Random(0), EVEN_MIX, 2000)}
+        texts = [tokenizer.decode(corpus[i].tokens.tolist()) for i in range(len(corpus))]
+        questions = [text.split("\n")[0].removeprefix("Question: ") for text in texts]
+        assert sum(text.startswith("Question: ") for text in texts) >= 200
+        assert not held_out & set(questions)
+
+
 class TestData:
-    def test_a_step_has_the_same_batch_again_and_others_differ(self, config, tokenizer):
+    def test_a_step_has_the_same_batch_again_and_others_differ(self, config, corpus):
         def batch(step):
-            return make_denoiser_batch(step_rng(1, "denoiser", step), config.denoiser, config.data, tokenizer)
+            return make_denoiser_batch(step_rng(1, "denoiser", step), config.denoiser, config.data, corpus)
 
         first, again, other = batch(0), batch(0), batch(1)
         assert all(torch.equal(value, vars(again)[name]) for name, value in vars(first).items())
         assert not torch.equal(first.tokens, other.tokens)
 
-    def test_next_tokens_are_the_targets(self, config, tokenizer):
-        batch = make_ar_batch(step_rng(1, "ar", 0), 3, config.data, tokenizer)
+    def test_next_tokens_are_the_targets(self, config, corpus):
+        batch = make_ar_batch(step_rng(1, "ar", 0), 3, config.data, corpus)
         assert batch.tokens.shape == (3, config.data.sequence_length)
         assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
         assert (batch.tokens[:, 0] == BOS_ID).all()
 
     def test_packing_keeps_weights_and_ends(self):
-        documents = [Document([BOS_ID, 10, 11, EOS_ID], 2, 1.0), Document([BOS_ID, 12, 13, EOS_ID], 1, 0.3)]
+        tokens = ([BOS_ID, 10, 11, EOS_ID], [BOS_ID, 12, 13, EOS_ID])
+        documents = [Document(np.array(tokens[0]), 2, 1.0), Document(np.array(tokens[1]), 1, 0.3)]
         sequence = pack(documents, 7, prompt_weight=0.1)
         assert sequence.tokens.tolist() == [BOS_ID, 10, 11, EOS_ID, BOS_ID, 12, 13]
         assert sequence.weights.tolist() == pytest.approx([0.1, 0.1, 1, 1, 0.1, 0.3, 0.3])
@@ -199,9 +283,10 @@ class TestData:
         with pytest.raises(ValueError, match="do not fill"):
             pack(documents, 9, prompt_weight=0.1)
 
-    def test_blocks_hold_the_document_and_then_eos(self, config, tokenizer):
-        batch = make_denoiser_batch(step_rng(1, "denoiser", 0), config.denoiser, config.data, tokenizer)
-        sequences = draw_sequences(step_rng(1, "denoiser", 0), config.denoiser.batch_size, config.data, tokenizer)
+    def test_blocks_hold_the_document_and_then_eos(self, config, corpus):
+        batch = make_denoiser_batch(step_rng(1, "denoiser", 0), config.denoiser, config.data, corpus)
+        rng = step_rng(1, "denoiser", 0)
+        sequences = [draw_sequence(rng, corpus, config.data) for _ in range(config.denoiser.batch_size)]
         for row, sequence in enumerate(sequences):
             for start, target in zip(batch.block_starts[row].tolist(), batch.targets[row].tolist(), strict=True):
                 end = min(sequence.ends[start] + 1, start + len(target))
@@ -212,8 +297,8 @@ class TestData:
             assert starts
             assert set(starts) <= answers
 
-    def test_masks_cover_at_least_one_token_and_all_at_t_1(self, config, tokenizer):
-        batch = make_denoiser_batch(step_rng(1, "denoiser", 0), config.denoiser, config.data, tokenizer)
+    def test_masks_cover_at_least_one_token_and_all_at_t_1(self, config, corpus):
+        batch = make_denoiser_batch(step_rng(1, "denoiser", 0), config.denoiser, config.data, corpus)
         assert batch.masked.any(-1).all()
         assert (batch.t == 1).any()
         assert batch.masked[batch.t == 1].all()
@@ -241,10 +326,20 @@ class TestConfig:
         with pytest.raises(TrainConfigError, match=message):
             parse_section(TrainConfig, tiny_content(tmp_path) | change, "")
 
-    def test_unknown_families_are_named(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            ({"kind": "problems", "documents": 1, "mix": {"algebra": 1}}, "unknown families .'algebra'."),
+            ({"kind": "poems"}, "kind 'poems'; known are problems, library"),
+            ({"kind": "library", "documents": 3}, "library in data.sources needs characters"),
+            ({"kind": "text", "path": "/nowhere.txt"}, "/nowhere.txt, which does not exist"),
+            ({"kind": "prose", "color": 1}, r"unknown key data.sources\[0\].color"),
+        ],
+    )
+    def test_bad_sources_are_named(self, tmp_path, source, message):
         content = tiny_content(tmp_path)
-        content["data"]["mix"] = {"algebra": 1}
-        with pytest.raises(TrainConfigError, match="algebra"):
+        content["data"]["sources"] = [source]
+        with pytest.raises(TrainConfigError, match=message):
             parse_section(TrainConfig, content, "")
 
 
@@ -274,23 +369,23 @@ class TestTrainer:
         assert learning_rate(stage, 90) == pytest.approx(0.5)
         assert 0 < learning_rate(stage, 99) <= 0.05
 
-    def test_the_loss_goes_down(self, config, tokenizer, tmp_path):
+    def test_the_loss_goes_down(self, config, corpus, tmp_path):
         config = replace(config, ar=replace(config.ar, steps=20, learning_rate=1e-2))
         model = new_model(config)
-        stage = ar_stage(model, config, tokenizer)
+        stage = ar_stage(model, config, corpus)
         batch = stage.make_batch(1000)
         before = ar_loss(model, batch).item()
         run_stage(model, stage, config, tmp_path)
         assert ar_loss(model, batch).item() < before - 1
 
     @pytest.mark.parametrize("make_stage", [ar_stage, denoiser_stage])
-    def test_a_resumed_run_ends_with_the_same_bits(self, config, tokenizer, tmp_path, make_stage):
+    def test_a_resumed_run_ends_with_the_same_bits(self, config, corpus, tmp_path, make_stage):
         def run(folder: Path, steps: int) -> TwoTowerModel:
             settings = {"steps": steps, "decay_fraction": 0.0}
             changed = replace(config, ar=replace(config.ar, **settings), denoiser=replace(config.denoiser, **settings))
             model = new_model(changed)
             folder.mkdir(exist_ok=True)
-            assert run_stage(model, make_stage(model, changed, tokenizer), changed, folder).step == steps
+            assert run_stage(model, make_stage(model, changed, corpus), changed, folder).step == steps
             return model
 
         whole = run(tmp_path / "whole", 4)
@@ -299,11 +394,11 @@ class TestTrainer:
         for name, tensor in whole.state_dict().items():
             assert torch.equal(tensor, resumed.state_dict()[name]), name
 
-    def test_each_stage_moves_only_its_own_tower(self, config, tokenizer, tmp_path):
+    def test_each_stage_moves_only_its_own_tower(self, config, corpus, tmp_path):
         model = new_model(config)
         for make_stage, frozen in ((ar_stage, "denoiser"), (denoiser_stage, "context")):
             before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            run_stage(model, make_stage(model, config, tokenizer), config, tmp_path)
+            run_stage(model, make_stage(model, config, corpus), config, tmp_path)
             changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
             context = {name for name in before if name.startswith("context_")}
             assert changed

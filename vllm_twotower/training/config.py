@@ -1,9 +1,9 @@
 """The training configuration: a YAML file read into dataclasses, every key checked."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -23,22 +23,62 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """Where training documents come from, and what each of their answers' tokens counts in the loss.
+
+    ``kind``: ``problems`` made from templates, of the families of ``mix``; ``library`` and ``prose``, pieces of code
+    and of the reference from the Python that runs the training; ``jsonl``, a file with an object a line that has
+    ``text``, or ``prompt`` and ``answer``; ``text``, a file that is one document. Documents longer than a sequence are
+    split.
+    """
+
+    kind: str
+    documents: int = 0  # how many; 0 for all of a file
+    weight: float = 1.0
+    path: str = ""
+    characters: int = 0  # longest piece of ``library`` and ``prose``
+    mix: dict[str, float] = field(default_factory=dict)  # family of problems -> relative frequency
+
+    def __post_init__(self) -> None:
+        if self.kind not in SOURCE_NEEDS:
+            raise TrainConfigError(f"data.sources has kind {self.kind!r}; known are {', '.join(SOURCE_NEEDS)}")
+        for name in SOURCE_NEEDS[self.kind]:
+            if not getattr(self, name):
+                raise TrainConfigError(f"a source of kind {self.kind} in data.sources needs {name}")
+        if unknown := sorted(set(self.mix) - set(FAMILIES)):
+            raise TrainConfigError(
+                f"the mix in data.sources has unknown families {unknown}: known are {sorted(FAMILIES)}"
+            )
+        if self.path and not Path(self.path).is_file():
+            raise TrainConfigError(f"data.sources names the file {self.path}, which does not exist")
+
+
+SOURCE_NEEDS = {
+    "problems": ("documents", "mix"),
+    "library": ("documents", "characters"),
+    "prose": ("documents", "characters"),
+    "jsonl": ("path",),
+    "text": ("path",),
+}
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """What the training documents are and what each of their tokens counts in the loss (an answer's count 1)."""
+    """What the training documents are and how they are packed."""
 
     sequence_length: int  # tokens of a packed sequence
     block_size: int  # tokens of a denoiser block
-    mix: dict[str, float]  # family of problems -> relative frequency
-    library_share: float  # share of documents that are pieces of the standard library
-    library_characters: int  # longest such piece
-    prompt_weight: float
-    library_weight: float
-    fill_weight: float  # EOS tokens that fill a block past its document's end
+    sources: list[SourceConfig]
+    prompt_weight: float  # loss weight of a prompt's tokens
+    fill_weight: float  # and of EOS tokens that fill a block past its document's end
 
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.mix) - set(FAMILIES))
-        if unknown or not self.mix:
-            raise TrainConfigError(f"data.mix has unknown families {unknown}; known are {sorted(FAMILIES)}")
+    @property
+    def mix(self) -> dict[str, float]:
+        """The families of problems and their frequencies, for evaluation."""
+        mixes = [source.mix for source in self.sources if source.mix]
+        if not mixes:
+            raise TrainConfigError("data.sources has no problems to evaluate on")
+        return mixes[0]
 
 
 @dataclass(frozen=True)
@@ -119,12 +159,12 @@ def parse_section(section: type, content: Any, where: str) -> Any:
     if not isinstance(content, Mapping):
         raise TrainConfigError(f"{where or 'the configuration'} must be a mapping, not {type(content).__name__}")
     prefix = f"{where}." if where else ""
-    known = {field.name: field for field in fields(section)}
+    known = {entry.name: entry for entry in fields(section)}
     for name in content:
         if name not in known:
             raise TrainConfigError(f"unknown key {prefix}{name}; known keys are {', '.join(known)}")
-    for name, field in known.items():
-        if name not in content and field.default is MISSING:
+    for name, entry in known.items():
+        if name not in content and entry.default is MISSING and entry.default_factory is MISSING:
             raise TrainConfigError(f"missing key {prefix}{name}")
     hints = get_type_hints(section)
     return section(**{name: _parse_value(hints[name], value, prefix + name) for name, value in content.items()})
@@ -133,7 +173,9 @@ def parse_section(section: type, content: Any, where: str) -> Any:
 def _parse_value(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint):
         return parse_section(hint, value, where)
-    expected = getattr(hint, "__origin__", hint)
+    expected = get_origin(hint) or hint
+    if expected is list and isinstance(value, list):
+        return [_parse_value(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):

@@ -1,37 +1,22 @@
-"""Training batches, made from (seed, stage, step) alone: fresh in every step, and the same again after a resume."""
+"""Training batches, drawn from the corpus by (seed, stage, step) alone: the same again after a resume."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from vllm_twotower.training.config import DataConfig, DenoiserStageConfig
-from vllm_twotower.training.library_text import draw_piece
-from vllm_twotower.training.problems import draw_training_problem
-from vllm_twotower.training.tokenizer import BOS_ID, EOS_ID, MASK_ID
+from vllm_twotower.training.corpus import Corpus, Document
+from vllm_twotower.training.tokenizer import EOS_ID, MASK_ID
 
 SMALLEST_T = 1e-3
 
 # Kinds of block starts, for the cross-entropy by offset.
 ANSWER_START, ANSWER_LATER, RANDOM_START = range(3)
 START_KINDS = {ANSWER_START: "answer start", ANSWER_LATER: "later in the answer", RANDOM_START: "random offset"}
-
-
-@dataclass(frozen=True)
-class Document:
-    """BOS, prompt, answer, EOS; a piece of general text is all answer."""
-
-    tokens: list[int]
-    answer_start: int  # index of the answer's first token
-    answer_weight: float
-
-    def weights(self, prompt_weight: float) -> list[float]:
-        """The loss weight of every token."""
-        answer_length = len(self.tokens) - self.answer_start
-        return [prompt_weight] * self.answer_start + [self.answer_weight] * answer_length
 
 
 @dataclass(frozen=True)
@@ -76,75 +61,37 @@ def step_rng(seed: int, stage: str, step: int) -> random.Random:
     return random.Random(f"{seed}/{stage}/{step}")
 
 
-def draw_text(rng: random.Random, config: DataConfig) -> tuple[str, str]:
-    """(prompt, answer) of one document; general text has no prompt."""
-    if rng.random() < config.library_share:
-        return "", draw_piece(rng, config.library_characters)
-    problem = draw_training_problem(rng, config.mix)
-    return problem.prompt, problem.answer
-
-
-def make_documents(texts: list[tuple[str, str]], config: DataConfig, tokenizer: Tokenizer) -> list[Document]:
-    """Tokenises prompts and answers apart, as at inference."""
-    prompts = tokenizer.encode_batch([prompt for prompt, _ in texts], add_special_tokens=False)
-    answers = tokenizer.encode_batch([answer for _, answer in texts], add_special_tokens=False)
-    return [
-        Document(
-            tokens=[BOS_ID, *prompt.ids, *answer.ids, EOS_ID],
-            answer_start=1 + len(prompt.ids),
-            answer_weight=1.0 if prompt.ids else config.library_weight,
-        )
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-
-
-def pack(documents: list[Document], length: int, prompt_weight: float) -> PackedSequence:
+def pack(documents: Sequence[Document], length: int, prompt_weight: float) -> PackedSequence:
     """Concatenates documents until `length` tokens are full; the last one is cut."""
-    tokens: list[int] = []
-    weights: list[float] = []
-    ends: list[int] = []
-    answers: list[tuple[int, int]] = []
-    for document in documents:
-        end = len(tokens) + len(document.tokens) - 1
-        answers.append((len(tokens) + document.answer_start, end))
-        tokens += document.tokens
-        weights += document.weights(prompt_weight)
-        ends += [end] * len(document.tokens)
-    if len(tokens) < length:
-        raise ValueError(f"{len(tokens)} tokens do not fill a sequence of {length}")
+    bounds = np.cumsum([0, *(len(document.tokens) for document in documents)])
+    if bounds[-1] < length:
+        raise ValueError(f"{bounds[-1]} tokens do not fill a sequence of {length}")
+    ends = bounds[1:] - 1
+    answers = [
+        (int(start) + document.answer_start, int(end))
+        for start, end, document in zip(bounds, ends, documents, strict=False)
+    ]
     return PackedSequence(
-        np.array(tokens[:length], np.int64),
-        np.array(weights[:length], np.float32),
-        np.array(ends[:length], np.int64),
+        np.concatenate([document.tokens for document in documents])[:length].astype(np.int64),
+        np.concatenate([document.weights(prompt_weight) for document in documents])[:length],
+        np.repeat(ends, np.diff(bounds))[:length],
         [answer for answer in answers if answer[0] < length],
     )
 
 
-def draw_sequences(rng: random.Random, count: int, config: DataConfig, tokenizer: Tokenizer) -> list[PackedSequence]:
-    """`count` packed sequences, each of sequence_length + block_size tokens."""
+def draw_sequence(rng: random.Random, corpus: Corpus, config: DataConfig) -> PackedSequence:
+    """A sequence of sequence_length + block_size tokens, packed with any documents of the corpus."""
     length = config.sequence_length + config.block_size
-    sequences, waiting = [], []
-    while len(sequences) < count:
-        waiting += make_documents([draw_text(rng, config) for _ in range(4 * count)], config, tokenizer)
-        while len(sequences) < count and sum(len(document.tokens) for document in waiting) >= length:
-            taken = _first_to_fill(waiting, length)
-            sequences.append(pack(waiting[:taken], length, config.prompt_weight))
-            waiting = waiting[taken:]
-    return sequences
+    documents, filled = [], 0
+    while filled < length:
+        documents.append(corpus.draw(rng))
+        filled += len(documents[-1].tokens)
+    return pack(documents, length, config.prompt_weight)
 
 
-def _first_to_fill(documents: list[Document], length: int) -> int:
-    filled = 0
-    for count, document in enumerate(documents, start=1):
-        filled += len(document.tokens)
-        if filled >= length:
-            return count
-    return len(documents)
-
-
-def make_ar_batch(rng: random.Random, batch_size: int, config: DataConfig, tokenizer: Tokenizer) -> ARBatch:
+def make_ar_batch(rng: random.Random, batch_size: int, config: DataConfig, corpus: Corpus) -> ARBatch:
     """One step's batch of the context tower's stage."""
-    sequences = draw_sequences(rng, batch_size, config, tokenizer)
+    sequences = [draw_sequence(rng, corpus, config) for _ in range(batch_size)]
     length = config.sequence_length
     tokens = torch.from_numpy(np.stack([sequence.tokens[: length + 1] for sequence in sequences]))
     weights = torch.from_numpy(np.stack([sequence.weights[1 : length + 1] for sequence in sequences]))
@@ -152,10 +99,10 @@ def make_ar_batch(rng: random.Random, batch_size: int, config: DataConfig, token
 
 
 def make_denoiser_batch(
-    rng: random.Random, stage: DenoiserStageConfig, config: DataConfig, tokenizer: Tokenizer
+    rng: random.Random, stage: DenoiserStageConfig, config: DataConfig, corpus: Corpus
 ) -> DenoiserBatch:
     """One step's batch of the denoiser's stage."""
-    sequences = draw_sequences(rng, stage.batch_size, config, tokenizer)
+    sequences = [draw_sequence(rng, corpus, config) for _ in range(stage.batch_size)]
     numbers = np.random.default_rng(rng.getrandbits(64))
     drawn = [_draw_starts(numbers, sequence, stage, config) for sequence in sequences]
     blocks = [_cut_blocks(sequence, starts, config) for sequence, (starts, _) in zip(sequences, drawn, strict=True)]

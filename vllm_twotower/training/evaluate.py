@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from vllm_twotower.reference import Generation, TwoTowerModel, generate_ar, generate_mask_diffusion
 from vllm_twotower.training.config import TrainConfig
+from vllm_twotower.training.corpus import prepare_corpus
 from vllm_twotower.training.data import START_KINDS, make_denoiser_batch, step_rng
 from vllm_twotower.training.objective import full_mask_loss_by_kind
 from vllm_twotower.training.problems import Problem, draw_held_out_problems, is_right
@@ -57,7 +58,8 @@ def evaluate_run(config: TrainConfig, run_dir: Path) -> None:
     for mode, generate in generation_modes(model, config).items():
         scores.append(score(mode, generate, problems, tokenizer))
         print(f"{mode}: {scores[-1].right} of {scores[-1].problems} right, {scores[-1].seconds:.0f} s", flush=True)
-    batch = make_denoiser_batch(step_rng(config.seed, "evaluation", 1), config.denoiser, config.data, tokenizer)
+    corpus = prepare_corpus(config.data, config.seed, tokenizer, run_dir / "data")
+    batch = make_denoiser_batch(step_rng(config.seed, "evaluation", 1), config.denoiser, config.data, corpus)
     losses = {START_KINDS[kind]: loss for kind, loss in full_mask_loss_by_kind(model, batch).items()}
     result = {"scores": [asdict(one) for one in scores], "full_mask_loss": losses}
     (run_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

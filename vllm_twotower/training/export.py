@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vllm_twotower.reference import TwoTowerModel
-from vllm_twotower.training.config import StageConfig, TrainConfig
+from vllm_twotower.training.config import SourceConfig, StageConfig, TrainConfig
 from vllm_twotower.training.evaluate import Score, evaluation_problems, read_scores
 from vllm_twotower.training.problems import HELD_OUT_ONE_IN, Problem
 from vllm_twotower.training.stages import AR, DENOISER, load_latest
@@ -134,7 +134,7 @@ heads of {c.head_dim} with {c.num_key_value_heads} KV heads, {c.mamba_num_heads}
 
 
 def _training_section(config: TrainConfig, progress: dict[str, Progress], run_dir: Path) -> str:
-    families = ", ".join(family.replace("_", " ") for family in config.data.mix)
+    sources = ", ".join(_source(source) for source in config.data.sources)
     rows = "\n".join(
         _stage_row(stage, settings, progress[name], read_log(run_dir, name))
         for name, stage, settings in ((AR, "context tower, AR", config.ar), (DENOISER, "denoiser", config.denoiser))
@@ -149,11 +149,10 @@ def _training_section(config: TrainConfig, progress: dict[str, Progress], run_di
 vllm-twotower train configs/train-tiny.yaml
 ```
 
-All data are made on the spot from seed {config.seed}, fresh in every step: templated problems ({families}) and, as
-{data.library_share:.0%} of the documents, pieces of the standard library of the Python that runs the training (here
-{python}; another version gives other pieces). One problem in {HELD_OUT_ONE_IN} is held out, by a hash of its template
-and its numbers or words. Packed sequences of {data.sequence_length} tokens; loss weights {data.prompt_weight:g} for
-prompts, {data.library_weight:g} for library text, {data.fill_weight:g} for the EOS tokens that fill a last block, 1 for
+All data are made from seed {config.seed}: {sources}. The pieces come from the Python that runs the training (here
+{python}; another version gives others). One problem in {HELD_OUT_ONE_IN} is held out, by a hash of its template and its
+numbers or words. Packed sequences of {data.sequence_length} tokens; loss weights {data.prompt_weight:g} for prompts,
+{data.fill_weight:g} for the EOS tokens that fill a last block, those named for pieces, 1 for
 answers. AdamW, constant rate, linear decay over the last part.
 
 The denoiser starts as a copy of the context tower, which stays frozen. Of its blocks
@@ -169,6 +168,14 @@ The cores were shared with other work. Loss is the weighted cross-entropy in nat
 
 ![loss](loss.png)
 """
+
+
+def _source(source: SourceConfig) -> str:
+    if source.mix:
+        families = ", ".join(family.replace("_", " ") for family in source.mix)
+        return f"{source.documents:,} templated problems ({families})"
+    kinds = {"library": "pieces of the standard library", "prose": "pieces of the language reference"}
+    return f"{source.documents:,} {kinds.get(source.kind, source.path)} (weight {source.weight:g})"
 
 
 def _stage_row(title: str, settings: StageConfig, progress: Progress, log: list[dict[str, Any]]) -> str:

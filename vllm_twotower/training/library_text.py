@@ -1,7 +1,8 @@
-"""Short pieces of the running interpreter's standard-library sources: the general text in the training mix."""
+"""Short pieces of the running interpreter's standard library: code and the reference's prose, for the training mix."""
 
 import random
 import sysconfig
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,10 +18,18 @@ def library_sources() -> tuple[str, ...]:
     return tuple(path.read_text(encoding="utf-8", errors="replace") for path in paths)
 
 
-def draw_piece(rng: random.Random, max_characters: int) -> str:
-    """Whole lines from a random place of a random module, at most `max_characters` long and never empty."""
+@cache
+def library_prose() -> tuple[str, ...]:
+    """The topics of the language reference that come with the interpreter, in the order of their names."""
+    from pydoc_data.topics import topics
+
+    return tuple(topics[name] for name in sorted(topics))
+
+
+def draw_piece(rng: random.Random, texts: Sequence[str], max_characters: int) -> str:
+    """Whole lines from a random place of a random text, at most `max_characters` long and never empty."""
     while True:
-        lines = rng.choice(library_sources()).splitlines()
+        lines = rng.choice(texts).splitlines()
         if not lines:
             continue
         piece = _lines_within(lines[rng.randrange(len(lines)) :], max_characters)

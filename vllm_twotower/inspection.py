@@ -1,0 +1,123 @@
+"""Says what a checkpoint holds: pattern, sizes, both towers, missing or extra tensors, memory per GPU."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+from safetensors import safe_open
+
+from vllm_twotower.checkpoint import CheckpointError, TwoTowerConfig, tensor_shapes
+from vllm_twotower.planning.model_size import ModelSize
+
+TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+_KINDS = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "MLP"}
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("checkpoint", type=Path, help="folder with config.json and *.safetensors")
+    parser.add_argument("--context-len", type=int, default=8192, help="tokens of a request, for its memory")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command; exit status 1 if tensors are missing, extra or of another shape."""
+    try:
+        config = TwoTowerConfig.from_pretrained(args.checkpoint)
+        found = {name: (shape, dtype) for name, shape, dtype in tensor_headers(args.checkpoint)}
+    except (CheckpointError, OSError, ValueError) as error:
+        raise SystemExit(f"vllm-twotower inspect: {error}") from None
+    print("\n".join(describe(config, found, args.context_len)))
+    if faults := layout_faults(config, {name: shape for name, (shape, _) in found.items()}):
+        raise SystemExit("\n".join(("", "This is no complete TwoTower checkpoint:", *faults)))
+    print("\nEvery tensor of the TwoTower layout is there, and no other.")
+
+
+def tensor_headers(folder: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of every tensor of a folder's safetensors files, read from their headers alone."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no *.safetensors file")
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                one = tensors.get_slice(name)
+                yield name, tuple(one.get_shape()), one.get_dtype()
+
+
+def layout_faults(config: TwoTowerConfig, found: dict[str, tuple[int, ...]]) -> list[str]:
+    """One line for every tensor that is missing, extra, or of another shape."""
+    wanted = tensor_shapes(config)
+    faults = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in found]
+    faults += [f"extra: {name} {list(shape)}" for name, shape in found.items() if name not in wanted]
+    for name, shape in found.items():
+        if name in wanted and shape != wanted[name]:
+            faults.append(f"other shape: {name} is {list(shape)}, the configuration asks for {list(wanted[name])}")
+    return faults
+
+
+def describe(config: TwoTowerConfig, found: dict[str, tuple[tuple[int, ...], str]], context_len: int) -> Iterator[str]:
+    """The lines of the description."""
+    layers = Counter(config.pattern)
+    yield f"Pattern     {config.pattern}"
+    counts = ", ".join(f"{layers[kind]} {name}" for kind, name in _KINDS.items() if layers[kind])
+    yield f"            {len(config.pattern)} layers: {counts}"
+    yield f"Sizes       hidden {config.hidden_size}, vocabulary {config.vocab_size}"
+    if layers["*"]:
+        yield (
+            f"            attention: {config.num_attention_heads} heads of {config.head_dim}, "
+            f"{config.num_key_value_heads} for keys and values"
+        )
+    if layers["M"]:
+        yield (
+            f"            Mamba-2: {config.mamba_num_heads} heads of {config.mamba_head_dim} in {config.n_groups} "
+            f"groups, state size {config.ssm_state_size}"
+        )
+    if layers["E"]:
+        yield (
+            f"            experts: {config.n_routed_experts} of {config.moe_intermediate_size}, "
+            f"{config.num_experts_per_tok} a token, shared {config.moe_shared_expert_intermediate_size}"
+        )
+    yield f"Block       {config.canvas_length} positions, mask token {config.mask_token_id}"
+    parts: dict[str, float] = defaultdict(float)
+    for name, (shape, _) in found.items():
+        parts[_part(name)] += prod(shape)
+    for i, (part, parameters) in enumerate(sorted(parts.items())):
+        yield f"{'' if i else 'Parameters':12}{part}: {_count(parameters)}"
+    dtypes = Counter(dtype for _, dtype in found.values())
+    yield f"Dtypes      {', '.join(f'{dtype} ({count} tensors)' for dtype, count in dtypes.most_common())}"
+    dtype_bytes = _BYTES.get(dtypes.most_common(1)[0][0], 2) if dtypes else 2
+    yield f"Memory      per GPU; a request of {context_len} tokens"
+    for tensor_parallel_size in TENSOR_PARALLEL_SIZES:
+        try:
+            size = ModelSize.of(config, tensor_parallel_size, dtype_bytes, dtype_bytes, 4)
+        except ValueError as error:
+            yield f"            TP {tensor_parallel_size}: not possible, {error}"
+        else:
+            weights, request = size.weight_bytes, size.request_bytes(context_len)
+            yield f"            TP {tensor_parallel_size}: weights {_bytes(weights)}, request {_bytes(request)}"
+
+
+def _part(name: str) -> str:
+    for prefix, part in (
+        ("context_", "context tower and head"),
+        ("denoiser_tower.", "denoiser tower and head"),
+        ("lm_head.", "denoiser tower and head"),
+        ("t_", "time conditioning"),
+        ("scale_shift_tables.", "time conditioning"),
+    ):
+        if name.startswith(prefix):
+            return part
+    return "others"
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.2f} MiB"
