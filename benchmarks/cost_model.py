@@ -25,6 +25,7 @@ from closed_loop import TINY, closed_loop, problems
 from summary import Summary
 
 from vllm_twotower.checkpoint import TwoTowerConfig
+from vllm_twotower.demo import fastest_dtype
 from vllm_twotower.planning.cli import DTYPE_BYTES
 from vllm_twotower.planning.cost_model import CostModel, PassCost
 from vllm_twotower.planning.fit import HardwareFit, work
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--fit-on", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--predict", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.6, 0.95])
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=fastest_dtype())
     parser.add_argument("--max-tokens", type=int, default=48, help="a multiple of the canvas length")
     parser.add_argument("--rounds", type=int, default=3)
     Summary.add_argument(parser)
@@ -222,6 +223,7 @@ def print_closed_loops(
                 "ar" if is_ar else "mask_diffusion",
                 warm_up_requests=num_open,
                 measured_requests=10 * num_open + 16,
+                passes_per_step="auto",
             )
             measured, simulated = loop.tokens / loop.cpu_seconds, result.tokens_per_second
             print(

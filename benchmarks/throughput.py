@@ -84,6 +84,8 @@ def measure(
     for name in in_turns(list(variants), rounds):
         results[name].append(variants[name](prompts, num_open))
     speed = {name: statistics.median(o.steady.tokens_per_second for o, _ in runs) for name, runs in results.items()}
+    ar_outcome, ar_passes = results[AR][0]
+    ar_tokens_per_pass = ar_outcome.whole.tokens / ar_passes
     for name, runs in results.items():
         outcome, passes = runs[0]
         right = sum(problem["result"] == _result(outcome.texts[i]) for i, problem in enumerate(asked))
@@ -92,9 +94,10 @@ def measure(
             f"| {outcome.whole.tokens / passes:.2f} | {right}/{len(asked)} | {passes:.0f} |",
             flush=True,
         )
-        if name != AR:
+        if name != AR and not name.startswith(PLAIN):
+            tokens_per_pass = outcome.whole.tokens / passes
+            summary.add(f"{name}, {num_open} open", tokens_per_pass, AR, ar_tokens_per_pass, "tokens/pass")
             summary.add(f"{name}, {num_open} open", speed[name], AR, speed[AR], "tokens/s")
-            summary.add(f"{name}, {num_open} open", outcome.whole.tokens / passes, "a pass", 1, "tokens")
     for name, plain in ((AR, PLAIN_AR), (f"threshold {threshold}", f"{PLAIN}, threshold {threshold}")):
         if plain in speed:
             summary.add(f"engine, {name}, {num_open} open", speed[name], plain, speed[plain], "tokens/s")
