@@ -86,6 +86,7 @@ class TwoTowerConfig:
     use_conv_bias: bool = True
     eos_token_id: int = 2
     mask_token_id: int = DEFAULT_MASK_TOKEN_ID
+    bidirectional_mamba: bool = False
     canvas_length: int = DEFAULT_CANVAS_LENGTH
 
     def __post_init__(self) -> None:

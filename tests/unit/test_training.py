@@ -15,7 +15,14 @@ import yaml
 
 from vllm_twotower.reference import TwoTowerModel
 from vllm_twotower.training import cli
-from vllm_twotower.training.config import SourceConfig, TrainConfig, TrainConfigError, load_config, parse_section
+from vllm_twotower.training.config import (
+    SourceConfig,
+    SpecialTokens,
+    TrainConfig,
+    TrainConfigError,
+    load_config,
+    parse_section,
+)
 from vllm_twotower.training.corpus import Corpus, Document, prepare_corpus
 from vllm_twotower.training.data import (
     ANSWER_START,
@@ -26,6 +33,7 @@ from vllm_twotower.training.data import (
     step_rng,
 )
 from vllm_twotower.training.evaluate import evaluation_problems
+from vllm_twotower.training.initialise import start_denoiser_from_context, tie_towers
 from vllm_twotower.training.library_text import draw_piece, library_prose, library_sources
 from vllm_twotower.training.objective import ar_loss, weighted_cross_entropy
 from vllm_twotower.training.problems import (
@@ -38,9 +46,10 @@ from vllm_twotower.training.problems import (
 )
 from vllm_twotower.training.stages import ar_stage, denoiser_stage, new_model, prepare_tokenizer
 from vllm_twotower.training.tokenizer import BOS_ID, EOS_ID, MASK_ID
-from vllm_twotower.training.trainer import learning_rate, run_stage
+from vllm_twotower.training.trainer import learning_rate, load_checkpoint, run_stage
 
 SHIPPED_CONFIG = Path(__file__).parents[2] / "configs" / "train-tiny.yaml"
+SPECIAL = SpecialTokens(BOS_ID, EOS_ID, MASK_ID)
 EVEN_MIX = dict.fromkeys(FAMILIES, 1.0)
 
 
@@ -95,7 +104,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory):
 def corpus(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Corpus:
     folder = tmp_path_factory.mktemp("corpus")
     data = parse_section(TrainConfig, tiny_content(folder), "").data
-    return prepare_corpus(data, 1, tokenizer, folder / "data")
+    return prepare_corpus(data, 1, tokenizer, SPECIAL, folder / "data")
 
 
 class TestProblems:
@@ -223,7 +232,7 @@ class TestCorpus:
             SourceConfig("jsonl", path=str(lines), weight=0.5),
             SourceConfig("text", path=str(tmp_path / "long.txt"), weight=0.25),
         ]
-        corpus = prepare_corpus(replace(config.data, sources=sources), 1, tokenizer, tmp_path / "data")
+        corpus = prepare_corpus(replace(config.data, sources=sources), 1, tokenizer, SPECIAL, tmp_path / "data")
 
         def text(document: Document, part: slice) -> str:
             return tokenizer.decode(document.tokens[part].tolist())
@@ -246,7 +255,7 @@ class TestCorpus:
         (tmp_path / "lines.jsonl").write_text('{"text": "x"}\n{"prompt": "y"}\n')
         sources = [SourceConfig("jsonl", path=str(tmp_path / "lines.jsonl"))]
         with pytest.raises(TrainConfigError, match="lines.jsonl, line 2: expected"):
-            prepare_corpus(replace(config.data, sources=sources), 1, tokenizer, tmp_path / "data")
+            prepare_corpus(replace(config.data, sources=sources), 1, tokenizer, SPECIAL, tmp_path / "data")
         assert not (tmp_path / "data").exists()
 
     def test_no_held_out_problem_is_in_it(self, corpus, tokenizer):
@@ -263,7 +272,8 @@ class TestData:
             return make_denoiser_batch(step_rng(1, "denoiser", step), config.denoiser, config.data, corpus)
 
         first, again, other = batch(0), batch(0), batch(1)
-        assert all(torch.equal(value, vars(again)[name]) for name, value in vars(first).items())
+        for name, value in vars(first).items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(vars(again)[name])), name
         assert not torch.equal(first.tokens, other.tokens)
 
     def test_next_tokens_are_the_targets(self, config, corpus):
@@ -286,7 +296,7 @@ class TestData:
     def test_blocks_hold_the_document_and_then_eos(self, config, corpus):
         batch = make_denoiser_batch(step_rng(1, "denoiser", 0), config.denoiser, config.data, corpus)
         rng = step_rng(1, "denoiser", 0)
-        sequences = [draw_sequence(rng, corpus, config.data) for _ in range(config.denoiser.batch_size)]
+        sequences = [draw_sequence(rng, corpus, config.data, 16) for _ in range(config.denoiser.batch_size)]
         for row, sequence in enumerate(sequences):
             for start, target in zip(batch.block_starts[row].tolist(), batch.targets[row].tolist(), strict=True):
                 end = min(sequence.ends[start] + 1, start + len(target))
@@ -320,11 +330,36 @@ class TestConfig:
             ({"compile": 1}, "compile is 1: expected bool"),
             ({"tokenizer": 3}, "tokenizer must be a mapping"),
             ({"tokenizer": {"vocab_size": 400, "documents": 1}}, "differ"),
+            ({"init_from": "/nowhere"}, "with init_from, model and tokenizer come from"),
+            ({"model": {}}, "missing key model .or init_from"),
         ],
     )
     def test_mistakes_are_named(self, tmp_path, change, message):
         with pytest.raises(TrainConfigError, match=message):
             parse_section(TrainConfig, tiny_content(tmp_path) | change, "")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"accumulate": 3}, "batch_size .2. must be a multiple of accumulate .3."),
+            ({"tied_towers": True}, "tied_towers needs freeze_context: false"),
+            ({"context_ar_weight": 0.1}, "context_ar_weight needs freeze_context: false"),
+            ({"block_size_schedule": [[0, 32], [5]]}, "block_size_schedule is .* expected pairs"),
+            ({"block_size_schedule": [[9, 32], [5, 16]]}, "block_size_schedule is .* by step"),
+            ({"full_mask_share": 1.5}, "full_mask_share is 1.5"),
+        ],
+    )
+    def test_bad_denoiser_options_are_named(self, tmp_path, change, message):
+        content = tiny_content(tmp_path)
+        content["denoiser"] |= change
+        with pytest.raises(TrainConfigError, match=message):
+            parse_section(TrainConfig, content, "")
+
+    def test_the_command_names_a_mistake(self, tmp_path):
+        path = tmp_path / "train.yaml"
+        path.write_text(yaml.safe_dump(tiny_content(tmp_path) | {"seeed": 1}))
+        with pytest.raises(SystemExit, match="unknown key seeed"):
+            cli.run_here(path, ["train"])
 
     @pytest.mark.parametrize(
         ("source", "message"),
@@ -348,8 +383,11 @@ class TestLoss:
         logits, targets = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
         weights = torch.rand(2, 3)
         expected = -(logits.log_softmax(-1).gather(2, targets[..., None])[..., 0] * weights).sum() / weights.sum()
-        torch.testing.assert_close(weighted_cross_entropy(logits, targets, weights), expected)
-        torch.testing.assert_close(weighted_cross_entropy(logits, targets, 7 * weights), expected)
+        total = weights.sum()
+        torch.testing.assert_close(weighted_cross_entropy(logits, targets, weights, total), expected)
+        torch.testing.assert_close(weighted_cross_entropy(logits, targets, 7 * weights, 7 * total), expected)
+        parts = [weighted_cross_entropy(logits[i], targets[i], weights[i], total) for i in range(2)]
+        torch.testing.assert_close(sum(parts), expected)
 
     def test_the_denoiser_starts_as_the_context_tower(self, config):
         model = new_model(config).eval()
@@ -377,6 +415,77 @@ class TestTrainer:
         before = ar_loss(model, batch).item()
         run_stage(model, stage, config, tmp_path)
         assert ar_loss(model, batch).item() < before - 1
+
+    @pytest.mark.parametrize("make_stage", [ar_stage, denoiser_stage])
+    def test_parts_of_a_batch_add_up(self, config, corpus, tmp_path, make_stage):
+        def weights(accumulate: int) -> dict[str, torch.Tensor]:
+            settings = {"steps": 2, "batch_size": 4, "accumulate": accumulate}
+            changed = replace(config, ar=replace(config.ar, **settings), denoiser=replace(config.denoiser, **settings))
+            model = new_model(changed)
+            run_stage(model, make_stage(model, changed, corpus), changed, tmp_path / str(accumulate))
+            return model.state_dict()
+
+        (tmp_path / "1").mkdir()
+        (tmp_path / "4").mkdir()
+        whole, parts = weights(1), weights(4)
+        for name, tensor in whole.items():
+            torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=1e-3)
+
+    @pytest.mark.parametrize(
+        ("options", "moves", "stays"),
+        [
+            ({}, {"denoiser_tower", "lm_head", "t_block", "scale_shift_tables"}, {"context_tower", "context_lm_head"}),
+            ({"time_conditioning": False}, {"denoiser_tower"}, {"context_tower", "t_block", "scale_shift_tables"}),
+            ({"freeze_context": False}, {"denoiser_tower", "context_tower"}, {"context_lm_head"}),
+            ({"freeze_context": False, "context_ar_weight": 0.5}, {"context_tower", "context_lm_head"}, set()),
+            ({"freeze_context": False, "tied_towers": True}, {"context_tower", "denoiser_tower"}, {"context_lm_head"}),
+        ],
+    )
+    def test_the_sources_options(self, config, corpus, tmp_path, options, moves, stays):
+        config = replace(config, denoiser=replace(config.denoiser, **options))
+        model = new_model(config)
+        start_denoiser_from_context(model)
+        if config.denoiser.tied_towers:
+            tie_towers(model)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        run_stage(model, denoiser_stage(model, config, corpus), config, tmp_path)
+        after = model.state_dict()
+        changed = {name.split(".")[0] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+        assert moves <= changed
+        assert not stays & changed
+        if config.denoiser.tied_towers:
+            for name, tensor in after.items():
+                if name.startswith("context_tower."):
+                    assert torch.equal(tensor, after[name.replace("context", "denoiser", 1)])
+        again = new_model(config)
+        if config.denoiser.tied_towers:
+            tie_towers(again)
+        assert load_checkpoint(tmp_path / "denoiser.pt", again).step == config.denoiser.steps
+        assert all(torch.equal(tensor, after[name]) for name, tensor in again.state_dict().items())
+
+    def test_blocks_follow_their_schedule(self, config, corpus, tmp_path):
+        config = replace(config, denoiser=replace(config.denoiser, block_size_schedule=[[0, 32], [2, 16], [3, 8]]))
+        model = new_model(config)
+        stage = denoiser_stage(model, config, corpus)
+        assert [stage.make_batch(step).targets.shape[-1] for step in range(4)] == [32, 32, 16, 8]
+        run_stage(model, stage, config, tmp_path)
+
+    def test_bidirectional_mamba_sees_what_comes_later(self, config):
+        for both_ways in (False, True):
+            model = new_model(
+                replace(
+                    config,
+                    model={**config.model, "hybrid_override_pattern": "M-"}
+                    | {"num_hidden_layers": 2, "bidirectional_mamba": both_ways},
+                )
+            ).eval()
+            tokens, starts = torch.randint(4, 300, (1, 20)), torch.tensor([[7]])
+            canvas = torch.full((1, 1, 8), MASK_ID)
+            other = canvas.clone()
+            other[0, 0, 5] = 50
+            with torch.no_grad():
+                logits = [model.denoise_blocks(tokens, starts, x, torch.ones(1, 1))[0, 0, 2] for x in (canvas, other)]
+            assert torch.equal(*logits) is not both_ways
 
     @pytest.mark.parametrize("make_stage", [ar_stage, denoiser_stage])
     def test_a_resumed_run_ends_with_the_same_bits(self, config, corpus, tmp_path, make_stage):

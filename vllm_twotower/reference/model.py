@@ -66,6 +66,7 @@ class Tower(nn.Module):
         self.embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c, kind) for kind in c.pattern)
         self.norm_f = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
+        self.bidirectional_mamba = c.bidirectional_mamba
 
     def advance(
         self, tokens: Tensor, past: list[LayerState] | None
@@ -92,6 +93,9 @@ class Tower(nn.Module):
     ) -> Tensor:
         """Runs over the canvases (B, N, S), bidirectional within each; hidden states (B, N, S, H).
 
+        Attention sees the whole canvas. Mamba layers go from left to right; with ``bidirectional_mamba`` (an option of
+        Megatron's) they go both ways, back from a state of zeros, and the two outputs are averaged.
+
         ``context`` holds the context tower's keys and values (B, P, ...) and its Mamba states before every block
         (B * N, ...); ``mask`` (B, N * S, P + N * S) or None says which positions a block may attend to.
         """
@@ -107,7 +111,10 @@ class Tower(nn.Module):
             if layer.kind == "*":
                 y = layer.mixer(y.flatten(1, 2), state, mask)[0]
             elif layer.kind == "M":
-                y = layer.mixer(y.flatten(0, 1), state)[0]
+                rows = y.flatten(0, 1)
+                y = layer.mixer(rows, state)[0]
+                if self.bidirectional_mamba:
+                    y = (y + layer.mixer(rows.flip(1), None)[0].flip(1)) / 2
             else:
                 y = layer.mixer(y)
             y = y.view_as(x)
@@ -172,16 +179,19 @@ class TwoTowerModel(nn.Module):
         conditioning = None if t is None else self.conditioning(t)
         return self.lm_head(self.denoiser_tower.denoise(canvas[None, None], context, conditioning, None))[0, 0]
 
-    def denoise_blocks(self, tokens: Tensor, block_starts: Tensor, canvas: Tensor, t: Tensor) -> Tensor:
+    def denoise_blocks(
+        self, tokens: Tensor, block_starts: Tensor, canvas: Tensor, t: Tensor, train_context: bool = False
+    ) -> Tensor:
         """Denoiser logits (B, N, S, V) for N blocks of each sequence at once: the training forward.
 
         Block n of a sequence sees the context tower's states of the positions before ``block_starts[:, n]`` (any
-        position from 0 to L) and itself. The context tower runs without gradient (it is frozen).
+        position from 0 to L) and itself. The context tower runs without gradient (it is frozen) unless it is to be
+        trained too.
 
         Args: tokens (B, L) clean; block_starts (B, N); canvas (B, N, S) with masks; t (B, N).
         """
         batch, blocks, width = canvas.shape
-        with torch.no_grad():
+        with torch.set_grad_enabled(train_context and torch.is_grad_enabled()):
             _, seen = self.context_tower.advance(tokens, None)
             context: list[LayerState] = [
                 trace.state_before(block_starts, layer.mixer.history) if layer.kind == "M" else trace

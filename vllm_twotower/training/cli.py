@@ -1,7 +1,11 @@
-"""The command `vllm-twotower train`: both stages, evaluation on held-out problems, export."""
+"""Trains both stages of a TwoTower, evaluates on held-out problems, and exports a model folder.
+
+On several processes: torchrun --nproc-per-node 2 -m vllm_twotower.training CONFIG, or --ray 2.
+"""
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 STEPS = ("train", "evaluate", "export")
@@ -9,6 +13,7 @@ STEPS = ("train", "evaluate", "export")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
+    parser.add_argument("--ray", type=int, metavar="N", help="train on N workers of Ray Train")
     parser.add_argument("config", type=Path, help="YAML file, for example configs/train-tiny.yaml")
     parser.add_argument(
         "--only",
@@ -21,24 +26,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    if args.ray:
+        from vllm_twotower.training.distributed import run_on_ray
+
+        run_on_ray(partial(run_here, args.config, args.only), args.ray)
+    else:
+        run_here(args.config, args.only)
+
+
+def run_here(path: Path, only: list[str] | None) -> None:
+    """Runs the command in this process, which may be one of several."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizer threads would compete with PyTorch's
     import torch
 
-    from vllm_twotower.training.config import load_config
+    from vllm_twotower.training.config import TrainConfigError, load_config
+    from vllm_twotower.training.distributed import process_group, rank
     from vllm_twotower.training.stages import train
 
-    config = load_config(args.config)
+    try:
+        config = load_config(path)
+    except TrainConfigError as error:
+        raise SystemExit(f"vllm-twotower train: {path}: {error}") from None
     torch.set_num_threads(config.threads)
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    steps = args.only or STEPS
-    if "train" in steps:
-        train(config, run_dir)
-    if "evaluate" in steps:
+    steps = only or STEPS
+    with process_group():
+        if "train" in steps:
+            train(config, run_dir)
+        is_first = rank() == 0
+    if "evaluate" in steps and is_first:
         from vllm_twotower.training.evaluate import evaluate_run
 
         evaluate_run(config, run_dir)
-    if "export" in steps:
+    if "export" in steps and is_first:
         from vllm_twotower.training.export import export_run
 
         export_run(config, run_dir)

@@ -19,10 +19,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from vllm_twotower.training.config import DataConfig, SourceConfig, TrainConfigError
+from vllm_twotower.training.config import DataConfig, SourceConfig, SpecialTokens, TrainConfigError
 from vllm_twotower.training.library_text import draw_piece, library_prose, library_sources
 from vllm_twotower.training.problems import draw_training_problem
-from vllm_twotower.training.tokenizer import BOS_ID, EOS_ID
 
 Text = tuple[str, str]
 """(prompt, answer); text without a prompt is all answer."""
@@ -45,9 +44,10 @@ class Document:
 
 
 class Corpus:
-    """All documents of a folder of token files, read where they lie."""
+    """All documents of a folder of token files, read where they lie, and the ids of the special tokens in them."""
 
-    def __init__(self, folder: Path, sources: list[SourceConfig]):
+    def __init__(self, folder: Path, sources: list[SourceConfig], special: SpecialTokens):
+        self.special = special
         self._documents = np.load(folder / "documents.npy", mmap_mode="r")
         self._tokens = np.memmap(folder / "tokens.bin", mode="r", dtype=(folder / "dtype").read_text())
         self._weights = [source.weight for source in sources]
@@ -69,27 +69,27 @@ class Corpus:
         return self[rng.randrange(len(self))]
 
 
-def prepare_corpus(config: DataConfig, seed: int, tokenizer: Tokenizer, folder: Path) -> Corpus:
+def prepare_corpus(config: DataConfig, seed: int, tokenizer: Tokenizer, special: SpecialTokens, folder: Path) -> Corpus:
     """The corpus of a configuration, written into ``folder`` if it is not there yet."""
     if not folder.exists():
         partial_folder = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial_folder, ignore_errors=True)
         partial_folder.mkdir(parents=True)
-        _write(config, seed, tokenizer, partial_folder)
+        _write(config, seed, tokenizer, special, partial_folder)
         partial_folder.rename(folder)
-    return Corpus(folder, config.sources)
+    return Corpus(folder, config.sources, special)
 
 
-def _write(config: DataConfig, seed: int, tokenizer: Tokenizer, folder: Path) -> None:
+def _write(config: DataConfig, seed: int, tokenizer: Tokenizer, special: SpecialTokens, folder: Path) -> None:
     dtype = "<u2" if tokenizer.get_vocab_size() <= 1 << 16 else "<u4"
     rows: list[tuple[int, int, int]] = []
     length = 0
     with (folder / "tokens.bin").open("wb") as file:
         for index, source in enumerate(config.sources):
-            for tokens, answer_start in _tokenised(source_texts(source, seed), tokenizer, config.sequence_length):
-                file.write(np.array(tokens, dtype).tobytes())
-                rows.append((length, answer_start, index))
-                length += len(tokens)
+            for tokens, answer_start in _tokenised(source_texts(source, seed), tokenizer, config.sequence_length - 2):
+                file.write(np.array([special.bos, *tokens, special.eos], dtype).tobytes())
+                rows.append((length, 1 + answer_start, index))
+                length += len(tokens) + 2
     if not rows:
         raise TrainConfigError("data.sources has no document")
     np.save(folder / "documents.npy", np.array(rows, np.int64))
@@ -105,10 +105,9 @@ def _tokenised(texts: Iterable[Text], tokenizer: Tokenizer, longest: int) -> Ite
     texts = iter(texts)
     while batch := list(islice(texts, _BATCH)):
         for prompt, answer in zip(*(encode(list(part)) for part in zip(*batch, strict=True)), strict=True):
-            room = longest - 2
             tokens, start = prompt.ids + answer.ids, len(prompt.ids)
-            for first in range(0, len(tokens), room):
-                yield [BOS_ID, *tokens[first : first + room], EOS_ID], 1 + (start if first == 0 else 0)
+            for first in range(0, len(tokens), longest):
+                yield tokens[first : first + longest], start if first == 0 else 0
 
 
 def source_texts(source: SourceConfig, seed: int) -> Iterator[Text]:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vllm_twotower.training.config import DataConfig, DenoiserStageConfig
 from vllm_twotower.training.corpus import Corpus, Document
-from vllm_twotower.training.tokenizer import EOS_ID, MASK_ID
 
 SMALLEST_T = 1e-3
 
@@ -31,16 +30,24 @@ class PackedSequence:
 
 @dataclass(frozen=True)
 class ARBatch:
-    """Next-token prediction: tokens (B, L) int64, targets (B, L) int64, weights (B, L) fp32."""
+    """Next-token prediction: tokens (B, L) int64, targets (B, L) int64, weights (B, L) fp32.
+
+    ``total_weight`` () is that of the whole batch of which this may be a part.
+    """
 
     tokens: Tensor
     targets: Tensor
     weights: Tensor
+    total_weight: Tensor
 
 
 @dataclass(frozen=True)
 class DenoiserBatch:
-    """N blocks of S tokens in each of B packed sequences."""
+    """N blocks of S tokens in each of B packed sequences.
+
+    ``context_targets`` (B, L) and ``context_weights`` (B, L) are the sequences' next tokens. ``total_weight`` () and
+    ``total_context_weight`` () are those of the whole batch, at masked positions and of next tokens.
+    """
 
     tokens: Tensor  # (B, L) int64, clean
     block_starts: Tensor  # (B, N) int64, within 1 and L
@@ -49,11 +56,28 @@ class DenoiserBatch:
     weights: Tensor  # (B, N, S) fp32
     masked: Tensor  # (B, N, S) bool, at least one in every block
     t: Tensor  # (B, N) fp32
+    context_targets: Tensor
+    context_weights: Tensor
+    total_weight: Tensor
+    total_context_weight: Tensor
+    mask_token_id: int
 
     @property
     def canvas(self) -> Tensor:
         """The blocks as the denoiser sees them (B, N, S)."""
-        return self.targets.masked_fill(self.masked, MASK_ID)
+        return self.targets.masked_fill(self.masked, self.mask_token_id)
+
+
+Batch = ARBatch | DenoiserBatch
+
+
+def part_of(batch: Batch, start: int, step: int, device: torch.device) -> Batch:
+    """Every ``step``-th sequence from ``start`` on, on a device."""
+    parts = {}
+    for name, value in vars(batch).items():
+        if isinstance(value, Tensor):
+            parts[name] = (value[start::step] if value.ndim else value).to(device, non_blocking=True)
+    return replace(batch, **parts)
 
 
 def step_rng(seed: int, stage: str, step: int) -> random.Random:
@@ -79,9 +103,9 @@ def pack(documents: Sequence[Document], length: int, prompt_weight: float) -> Pa
     )
 
 
-def draw_sequence(rng: random.Random, corpus: Corpus, config: DataConfig) -> PackedSequence:
+def draw_sequence(rng: random.Random, corpus: Corpus, config: DataConfig, block_size: int) -> PackedSequence:
     """A sequence of sequence_length + block_size tokens, packed with any documents of the corpus."""
-    length = config.sequence_length + config.block_size
+    length = config.sequence_length + block_size
     documents, filled = [], 0
     while filled < length:
         documents.append(corpus.draw(rng))
@@ -91,36 +115,56 @@ def draw_sequence(rng: random.Random, corpus: Corpus, config: DataConfig) -> Pac
 
 def make_ar_batch(rng: random.Random, batch_size: int, config: DataConfig, corpus: Corpus) -> ARBatch:
     """One step's batch of the context tower's stage."""
-    sequences = [draw_sequence(rng, corpus, config) for _ in range(batch_size)]
-    length = config.sequence_length
+    sequences = [draw_sequence(rng, corpus, config, config.block_size) for _ in range(batch_size)]
+    tokens, targets, weights = _next_tokens(sequences, config.sequence_length)
+    return ARBatch(tokens, targets, weights, weights.sum())
+
+
+def _next_tokens(sequences: list[PackedSequence], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, the ones after them, and their weights, each (B, length)."""
     tokens = torch.from_numpy(np.stack([sequence.tokens[: length + 1] for sequence in sequences]))
     weights = torch.from_numpy(np.stack([sequence.weights[1 : length + 1] for sequence in sequences]))
-    return ARBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights
 
 
 def make_denoiser_batch(
-    rng: random.Random, stage: DenoiserStageConfig, config: DataConfig, corpus: Corpus
+    rng: random.Random, stage: DenoiserStageConfig, config: DataConfig, corpus: Corpus, step: int = 0
 ) -> DenoiserBatch:
-    """One step's batch of the denoiser's stage."""
-    sequences = [draw_sequence(rng, corpus, config) for _ in range(stage.batch_size)]
+    """The batch of one step of the denoiser's stage."""
+    block_size = stage.block_size(step, config.block_size)
+    sequences = [draw_sequence(rng, corpus, config, block_size) for _ in range(stage.batch_size)]
     numbers = np.random.default_rng(rng.getrandbits(64))
-    drawn = [_draw_starts(numbers, sequence, stage, config) for sequence in sequences]
-    blocks = [_cut_blocks(sequence, starts, config) for sequence, (starts, _) in zip(sequences, drawn, strict=True)]
+    drawn = [_draw_starts(numbers, sequence, stage, config, block_size) for sequence in sequences]
+    blocks = [
+        _cut_blocks(sequence, starts, config, block_size, corpus.special.eos)
+        for sequence, (starts, _) in zip(sequences, drawn, strict=True)
+    ]
     targets = np.stack([block for block, _ in blocks])
     t, masked = _draw_masks(numbers, targets.shape, stage.full_mask_share)
+    weights = torch.from_numpy(np.stack([weights for _, weights in blocks]))
+    tokens, context_targets, context_weights = _next_tokens(sequences, config.sequence_length)
     return DenoiserBatch(
-        tokens=torch.from_numpy(np.stack([sequence.tokens[: config.sequence_length] for sequence in sequences])),
+        tokens=tokens,
         block_starts=torch.from_numpy(np.stack([starts for starts, _ in drawn])),
         kinds=torch.from_numpy(np.stack([kinds for _, kinds in drawn])),
         targets=torch.from_numpy(targets),
-        weights=torch.from_numpy(np.stack([weights for _, weights in blocks])),
+        weights=weights,
         masked=torch.from_numpy(masked),
         t=torch.from_numpy(t),
+        context_targets=context_targets,
+        context_weights=context_weights,
+        total_weight=(weights * torch.from_numpy(masked)).sum(),
+        total_context_weight=context_weights.sum(),
+        mask_token_id=corpus.special.mask,
     )
 
 
 def _draw_starts(
-    numbers: np.random.Generator, sequence: PackedSequence, stage: DenoiserStageConfig, config: DataConfig
+    numbers: np.random.Generator,
+    sequence: PackedSequence,
+    stage: DenoiserStageConfig,
+    config: DataConfig,
+    block_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Starts (N,) and kinds (N,) of a sequence's blocks.
 
@@ -131,7 +175,7 @@ def _draw_starts(
     aligned = [
         (position, ANSWER_START if position == start else ANSWER_LATER)
         for start, end in sequence.answers
-        for position in range(start, min(end, last) + 1, config.block_size)
+        for position in range(start, min(end, last) + 1, block_size)
     ]
     wanted = round(stage.blocks_per_sequence * stage.answer_block_share)
     chosen = [aligned[i] for i in numbers.permutation(len(aligned))[:wanted]]
@@ -144,11 +188,13 @@ def _draw_starts(
     return starts, kinds
 
 
-def _cut_blocks(sequence: PackedSequence, starts: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+def _cut_blocks(
+    sequence: PackedSequence, starts: np.ndarray, config: DataConfig, block_size: int, eos: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Targets (N, S) and loss weights (N, S) of the blocks at `starts` (N,)."""
-    positions = starts[:, None] + np.arange(config.block_size)
+    positions = starts[:, None] + np.arange(block_size)
     past_end = positions > sequence.ends[starts][:, None]
-    targets = np.where(past_end, EOS_ID, sequence.tokens[positions])
+    targets = np.where(past_end, eos, sequence.tokens[positions])
     weights = np.where(past_end, np.float32(config.fill_weight), sequence.weights[positions])
     return targets, weights
 

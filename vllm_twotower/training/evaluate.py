@@ -17,7 +17,7 @@ from vllm_twotower.training.data import START_KINDS, make_denoiser_batch, step_r
 from vllm_twotower.training.objective import full_mask_loss_by_kind
 from vllm_twotower.training.problems import Problem, draw_held_out_problems, is_right
 from vllm_twotower.training.stages import load_latest
-from vllm_twotower.training.tokenizer import BOS_ID, EOS_ID, load_tokenizer
+from vllm_twotower.training.tokenizer import load_tokenizer
 
 Generate = Callable[[list[int]], Generation]
 
@@ -56,9 +56,9 @@ def evaluate_run(config: TrainConfig, run_dir: Path) -> None:
     problems = evaluation_problems(config, config.evaluation.problems)
     scores = []
     for mode, generate in generation_modes(model, config).items():
-        scores.append(score(mode, generate, problems, tokenizer))
+        scores.append(score(mode, generate, problems, tokenizer, config.special_tokens.bos))
         print(f"{mode}: {scores[-1].right} of {scores[-1].problems} right, {scores[-1].seconds:.0f} s", flush=True)
-    corpus = prepare_corpus(config.data, config.seed, tokenizer, run_dir / "data")
+    corpus = prepare_corpus(config.data, config.seed, tokenizer, config.special_tokens, run_dir / "data")
     batch = make_denoiser_batch(step_rng(config.seed, "evaluation", 1), config.denoiser, config.data, corpus)
     losses = {START_KINDS[kind]: loss for kind, loss in full_mask_loss_by_kind(model, batch).items()}
     result = {"scores": [asdict(one) for one in scores], "full_mask_loss": losses}
@@ -77,20 +77,27 @@ def generation_modes(model: TwoTowerModel, config: TrainConfig) -> dict[str, Gen
 
     def diffusion(gamma: float) -> Generate:
         return lambda prompt: generate_mask_diffusion(
-            model, prompt, length, block_size=config.data.block_size, gamma=gamma, eos_token_id=EOS_ID
+            model,
+            prompt,
+            length,
+            block_size=config.data.block_size,
+            gamma=gamma,
+            eos_token_id=config.special_tokens.eos,
         )
 
-    modes: dict[str, Generate] = {"AR": lambda prompt: generate_ar(model, prompt, length, eos_token_id=EOS_ID)}
+    modes: dict[str, Generate] = {
+        "AR": lambda prompt: generate_ar(model, prompt, length, eos_token_id=config.special_tokens.eos)
+    }
     return modes | {f"diffusion, gamma {gamma:g}": diffusion(gamma) for gamma in config.evaluation.gammas}
 
 
-def score(mode: str, generate: Generate, problems: list[Problem], tokenizer: Tokenizer) -> Score:
+def score(mode: str, generate: Generate, problems: list[Problem], tokenizer: Tokenizer, bos: int) -> Score:
     """Generates an answer to every problem and marks it."""
     right = new_tokens = passes = 0
     wrong: Counter[str] = Counter()
     started = time.monotonic()
     for problem in problems:
-        prompt = [BOS_ID, *tokenizer.encode(problem.prompt, add_special_tokens=False).ids]
+        prompt = [bos, *tokenizer.encode(problem.prompt, add_special_tokens=False).ids]
         generation = generate(prompt)
         new_tokens += len(generation.tokens)
         passes += generation.nfe or len(generation.tokens)

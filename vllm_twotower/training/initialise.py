@@ -33,6 +33,7 @@ def initialise(model: TwoTowerModel, seed: int) -> None:
         elif isinstance(module, Mamba2):
             _initialise_mamba(module, generator)
     start_denoiser_from_context(model)
+    _make_time_conditioning_neutral(model)
 
 
 @torch.no_grad()
@@ -51,11 +52,21 @@ def _initialise_mamba(mixer: Mamba2, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def start_denoiser_from_context(model: TwoTowerModel) -> None:
-    """Copies tower and head, and sets the time conditioning to nothing: shift 0, scale 0, gate 1 at every t."""
+    """Copies tower and head; the time conditioning stays as it is."""
     model.denoiser_tower.load_state_dict(model.context_tower.state_dict())
     model.lm_head.load_state_dict(model.context_lm_head.state_dict())
+
+
+@torch.no_grad()
+def _make_time_conditioning_neutral(model: TwoTowerModel) -> None:
+    """Shift 0, scale 0, gate 1 at every t."""
     for parameter in model.t_block[-1].parameters():
         parameter.zero_()
     for table in model.scale_shift_tables:
         table.zero_()
         table[2] = 1
+
+
+def tie_towers(model: TwoTowerModel) -> None:
+    """Makes one tower of both: the context tower's modules become the denoiser's, too."""
+    model.denoiser_tower = model.context_tower

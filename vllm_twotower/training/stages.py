@@ -1,30 +1,36 @@
 """The two stages, and the model and tokenizer they start from."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from torch import nn
 
 from vllm_twotower.reference import TwoTowerConfig, TwoTowerModel
 from vllm_twotower.training.config import TrainConfig
 from vllm_twotower.training.corpus import Corpus, prepare_corpus, source_texts
 from vllm_twotower.training.data import make_ar_batch, make_denoiser_batch, step_rng
-from vllm_twotower.training.initialise import initialise, start_denoiser_from_context
+from vllm_twotower.training.distributed import barrier, device, rank, shard, world_size
+from vllm_twotower.training.initialise import initialise, start_denoiser_from_context, tie_towers
 from vllm_twotower.training.objective import ar_loss, denoiser_loss
-from vllm_twotower.training.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from vllm_twotower.training.tokenizer import copy_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from vllm_twotower.training.trainer import Progress, Stage, load_checkpoint, run_stage
 
 AR, DENOISER = "ar", "denoiser"
 
 
 def prepare_tokenizer(config: TrainConfig, run_dir: Path) -> Tokenizer:
-    """Loads the run's tokenizer, or trains it on documents of the training mix first."""
+    """Loads the run's tokenizer; before that, takes it from the checkpoint to start from, or trains it on the mix."""
     folder = run_dir / "tokenizer"
     if not (folder / "tokenizer.json").exists():
-        texts = ("".join(text) for text in _mixed_texts(config))
-        tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
-        save_tokenizer(tokenizer, folder, config.model["max_position_embeddings"])
+        if config.init_from:
+            copy_tokenizer(Path(config.init_from), folder)
+        else:
+            texts = ("".join(text) for text in _mixed_texts(config))
+            tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
+            save_tokenizer(tokenizer, folder, config.model["max_position_embeddings"])
     return load_tokenizer(folder)
 
 
@@ -37,19 +43,39 @@ def _mixed_texts(config: TrainConfig) -> Iterator[tuple[str, str]]:
 
 
 def new_model(config: TrainConfig) -> TwoTowerModel:
-    """The untrained model in fp32."""
+    """The model in fp32 before the first step: untrained, or the checkpoint to start from."""
+    if config.init_from:
+        return TwoTowerModel.from_pretrained(config.init_from)
     model = TwoTowerModel(TwoTowerConfig.from_dict(config.model))
     initialise(model, config.seed)
     return model
 
 
+def prepare(config: TrainConfig, run_dir: Path) -> Corpus:
+    """Tokenizer and corpus, made by the first rank."""
+    if rank() == 0:
+        prepare_corpus(
+            config.data, config.seed, prepare_tokenizer(config, run_dir), config.special_tokens, run_dir / "data"
+        )
+    barrier()
+    tokenizer = load_tokenizer(run_dir / "tokenizer")
+    return prepare_corpus(config.data, config.seed, tokenizer, config.special_tokens, run_dir / "data")
+
+
 def train(config: TrainConfig, run_dir: Path) -> None:
-    """Runs what is left of both stages."""
-    tokenizer = prepare_tokenizer(config, run_dir)
-    corpus = prepare_corpus(config.data, config.seed, tokenizer, run_dir / "data")
+    """Runs what is left of the stages."""
+    corpus = prepare(config, run_dir)
     model = new_model(config)
-    run_stage(model, ar_stage(model, config, corpus), config, run_dir)
-    if not (run_dir / f"{DENOISER}.pt").exists():
+    is_new = not any((run_dir / f"{stage}.pt").exists() for stage in (AR, DENOISER))
+    if config.denoiser.tied_towers:
+        tie_towers(model)
+    model.to(device())
+    if world_size() > 1:
+        shard(model)
+    if config.ar is not None:
+        run_stage(model, ar_stage(model, config, corpus), config, run_dir)
+        is_new = not (run_dir / f"{DENOISER}.pt").exists()
+    if is_new and not config.init_from and not config.denoiser.tied_towers:
         start_denoiser_from_context(model)
     run_stage(model, denoiser_stage(model, config, corpus), config, run_dir)
 
@@ -81,14 +107,22 @@ def ar_stage(model: TwoTowerModel, config: TrainConfig, corpus: Corpus) -> Stage
 
 
 def denoiser_stage(model: TwoTowerModel, config: TrainConfig, corpus: Corpus) -> Stage:
-    """Stage 2: the denoiser, its head and the time conditioning fill blocks after the frozen context tower's states."""
+    """Stage 2: the denoiser, its head and the time conditioning fill blocks after the context tower's states."""
+    stage = config.denoiser
+    trained: list[nn.Module] = [model.denoiser_tower, model.lm_head]
+    if stage.time_conditioning:
+        trained += [model.t_embedder, model.t_block, model.scale_shift_tables]
+    if not stage.freeze_context:
+        trained += [model.context_tower]
+    if stage.context_ar_weight:
+        trained += [model.context_lm_head]
     return Stage(
         name=DENOISER,
-        config=config.denoiser,
-        trained=[model.denoiser_tower, model.lm_head, model.t_embedder, model.t_block, model.scale_shift_tables],
+        config=stage,
+        trained=trained,
         make_batch=lambda step: make_denoiser_batch(
-            step_rng(config.seed, DENOISER, step), config.denoiser, config.data, corpus
+            step_rng(config.seed, DENOISER, step), stage, config.data, corpus, step
         ),
-        loss=denoiser_loss,
-        tokens_per_step=config.denoiser.batch_size * config.denoiser.blocks_per_sequence * config.data.block_size,
+        loss=partial(denoiser_loss, stage=stage),
+        tokens_per_step=stage.batch_size * stage.blocks_per_sequence * config.data.block_size,
     )

@@ -1,11 +1,13 @@
 """Trains the small byte-level BPE tokenizer and writes the files that AutoTokenizer reads."""
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+OPTIONAL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 UNK, BOS, EOS, MASK = "<unk>", "<s>", "</s>", "<mask>"
 SPECIAL_TOKENS = (UNK, BOS, EOS, MASK)  # in the order of their ids, 0 to 3, as in the released checkpoint
 UNK_ID, BOS_ID, EOS_ID, MASK_ID = range(4)
@@ -65,6 +67,14 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) ->
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(folder / "tokenizer_config.json", config)
     _write_json(folder / "generation_config.json", generation)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies a checkpoint's tokenizer and generation configuration; raises FileNotFoundError if it has none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", *OPTIONAL_FILES):
+        if name == "tokenizer.json" or (source / name).exists():
+            shutil.copy(source / name, folder)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -1,7 +1,9 @@
 """The training loop of one stage: batches by step number, AdamW, a log in JSON lines, checkpoints to resume from."""
 
 import json
+import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,11 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from tqdm import tqdm
 
 from vllm_twotower.reference import TwoTowerModel
-from vllm_twotower.training.config import StageConfig, TrainConfig
+from vllm_twotower.training.config import StageConfig, TrainConfig, TrainConfigError
+from vllm_twotower.training.data import Batch, part_of
+from vllm_twotower.training.distributed import device, full, mean_over_ranks, rank, world_size
 
 ADAM_BETAS = (0.9, 0.95)
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
@@ -24,8 +37,8 @@ class Stage:
     name: str
     config: StageConfig
     trained: list[nn.Module | nn.ParameterList]
-    make_batch: Callable[[int], Any]  # step -> batch
-    loss: Callable[[TwoTowerModel, Any], Tensor]
+    make_batch: Callable[[int], Batch]  # step -> batch
+    loss: Callable[[TwoTowerModel, Batch], Tensor]
     tokens_per_step: int  # positions that the trained tower predicts
 
 
@@ -47,42 +60,77 @@ def learning_rate(config: StageConfig, step: int) -> float:
 
 def run_stage(model: TwoTowerModel, stage: Stage, config: TrainConfig, run_dir: Path) -> Progress:
     """Trains until the stage's last step, going on from its checkpoint in `run_dir` if there is one."""
+    if stage.config.batch_size % (world_size() * stage.config.accumulate):
+        raise TrainConfigError(
+            f"{stage.name}.batch_size is {stage.config.batch_size}: it must be a multiple of accumulate "
+            f"({stage.config.accumulate}) times the number of processes ({world_size()})"
+        )
     optimizer = _make_optimizer(model, stage)
     checkpoint = run_dir / f"{stage.name}.pt"
     progress = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else Progress()
-    loss_function = torch.compile(stage.loss) if config.compile else stage.loss
+    loss_function = torch.compile(stage.loss) if config.compile and world_size() == 1 else stage.loss
     model.train()
     started, saved = time.monotonic() - progress.seconds, time.monotonic()
     recent: list[tuple[float, float]] = []
-    while progress.step < stage.config.steps:
-        recent.append(_train_step(model, stage, loss_function, optimizer, progress.step, config.bf16_autocast))
-        progress.step += 1
-        progress.seconds = time.monotonic() - started
-        if progress.step % config.log_every == 0 or progress.step == stage.config.steps:
-            _log(run_dir, stage, progress, recent)
-            recent = []
-        if time.monotonic() - saved > 60 * config.checkpoint_minutes or progress.step == stage.config.steps:
-            save_checkpoint(checkpoint, model, optimizer, progress)
-            saved = time.monotonic()
+    with _progress_bar(stage, progress) as bar:
+        while progress.step < stage.config.steps:
+            recent.append(_train_step(model, stage, loss_function, optimizer, progress.step, config.bf16_autocast))
+            progress.step += 1
+            progress.seconds = time.monotonic() - started
+            bar.update(stage.tokens_per_step)
+            bar.set_postfix(step=f"{progress.step}/{stage.config.steps}", loss=f"{recent[-1][0]:.4f}", refresh=False)
+            is_last = progress.step == stage.config.steps
+            if progress.step % config.log_every == 0 or is_last:
+                if not math.isfinite(recent[-1][0]):
+                    raise FloatingPointError(
+                        f"the loss of stage {stage.name} is {recent[-1][0]} in step {progress.step}"
+                    )
+                _log(run_dir, stage, progress, recent)
+                recent = []
+            if mean_over_ranks(torch.tensor(time.monotonic() - saved)) > 60 * config.checkpoint_minutes or is_last:
+                save_checkpoint(checkpoint, model, optimizer, progress)
+                saved = time.monotonic()
     model.eval()
     return progress
 
 
+def _progress_bar(stage: Stage, progress: Progress) -> tqdm:
+    """Tokens done, time left and tokens/s, of the first rank."""
+    return tqdm(
+        desc=stage.name,
+        total=stage.config.steps * stage.tokens_per_step,
+        initial=progress.step * stage.tokens_per_step,
+        unit="tokens",
+        unit_scale=True,
+        disable=rank() != 0,
+        mininterval=1.0 if sys.stderr.isatty() else 60.0,
+    )
+
+
 def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Writes weights, optimizer state and progress; a kill while writing leaves the old file intact."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": vars(progress)}
-    torch.save(content, partial)
-    os.replace(partial, path)
+    """Writes weights, optimizer state and progress; a kill while writing leaves the old file intact.
+
+    The file does not depend on the number of ranks.
+    """
+    content = {
+        "model": get_model_state_dict(model, options=_WHOLE),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=_WHOLE),
+        "progress": vars(progress),
+    }
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        torch.save(content, partial)
+        os.replace(partial, path)
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Progress:
     """Restores what save_checkpoint wrote."""
     content = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(content["model"])
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, content["model"], options=options)
     if optimizer is not None:
-        optimizer.load_state_dict(content["optimizer"])
+        set_optimizer_state_dict(model, optimizer, content["optimizer"], options=options)
     return Progress(**content["progress"])
 
 
@@ -109,29 +157,36 @@ def _make_optimizer(model: TwoTowerModel, stage: Stage) -> torch.optim.AdamW:
 
 
 def _parameters(stage: Stage) -> Iterator[nn.Parameter]:
-    for module in stage.trained:
-        yield from module.parameters()
+    """Each once, also where towers share them."""
+    yield from dict.fromkeys(parameter for module in stage.trained for parameter in module.parameters())
 
 
 def _train_step(
     model: TwoTowerModel,
     stage: Stage,
-    loss_function: Callable[[TwoTowerModel, Any], Tensor],
+    loss_function: Callable[[TwoTowerModel, Batch], Tensor],
     optimizer: torch.optim.AdamW,
     step: int,
     bf16_autocast: bool,
 ) -> tuple[float, float]:
-    """One update; returns the loss and the gradient's norm before clipping."""
+    """One update; returns the loss and the gradient's norm before clipping.
+
+    A part's loss is its share of the whole batch's weighted mean, times the number of ranks, over which FSDP averages.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(stage.config, step)
-    batch = stage.make_batch(step)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16_autocast):
-        loss = loss_function(model, batch)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(_parameters(stage), stage.config.clip_norm)
+    batch, parts, on = stage.make_batch(step), stage.config.accumulate, device()
+    total = torch.zeros((), device=on)
+    for i in range(parts):
+        part = part_of(batch, rank() * parts + i, parts * world_size(), on)
+        with torch.autocast(on.type, torch.bfloat16, enabled=bf16_autocast):
+            loss = loss_function(model, part) * world_size()
+        loss.backward()
+        total += loss.detach()
+    norm = full(nn.utils.clip_grad_norm_(list(_parameters(stage)), stage.config.clip_norm))
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item(), norm.item()
+    return mean_over_ranks(total), norm.item()
 
 
 def _log(run_dir: Path, stage: Stage, progress: Progress, recent: list[tuple[float, float]]) -> None:
@@ -145,6 +200,6 @@ def _log(run_dir: Path, stage: Stage, progress: Progress, recent: list[tuple[flo
         "learning_rate": learning_rate(stage.config, progress.step - 1),
         "seconds": round(progress.seconds, 1),
     }
-    with (run_dir / "log.jsonl").open("a", encoding="utf-8") as log:
-        log.write(json.dumps(entry) + "\n")
-    print(json.dumps(entry), flush=True)
+    if rank() == 0:
+        with (run_dir / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
