@@ -31,6 +31,7 @@ def config(**options: Any):
         ),
         ({"kv_offloading_size": 1.0}, ("kv_offloading_size=1.0", "device's memory")),
         ({"enable_lora": True}, ("enable_lora", "LoRA")),
+        ({"hf_overrides": {"bidirectional_mamba": True}}, ("bidirectional_mamba=True", "vllm_twotower.reference")),
         ({"async_scheduling": True}, ("async_scheduling=True",)),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},

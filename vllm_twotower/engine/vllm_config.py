@@ -92,6 +92,11 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         ("enable_dbo", parallel.enable_dbo, "the two towers cannot be split into microbatches"),
         ("enable_lora", vllm_config.lora_config is not None, "LoRA adapters are not supported"),
         (
+            "bidirectional_mamba",
+            getattr(vllm_config.model_config.hf_config, "bidirectional_mamba", False),
+            "the denoiser's Mamba layers run from left to right here; vllm_twotower.reference generates with such a model",
+        ),
+        (
             "speculative_config",
             vllm_config.speculative_config is not None and vllm_config.speculative_config.method,
             "blocks are denoised in the place of draft tokens",
