@@ -8,11 +8,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import nemotron_h
 import numpy as np
 import pytest
 import torch
 import yaml
 
+from vllm_twotower.checkpoint import read_tensors
+from vllm_twotower.conversion import make_two_tower
 from vllm_twotower.reference import TwoTowerModel
 from vllm_twotower.training import cli
 from vllm_twotower.training.config import (
@@ -512,6 +515,32 @@ class TestTrainer:
             context = {name for name in before if name.startswith("context_")}
             assert changed
             assert not changed & (context if frozen == "context" else before.keys() - context)
+
+
+def test_from_a_nemotron_h_checkpoint_to_a_trained_two_tower(tmp_path, tokenizer):
+    """`init`, then training of the denoiser on a JSONL file, then the exported folder."""
+    pytest.importorskip("matplotlib")
+    nemotron_h.save(tmp_path / "source", bos_token_id=BOS_ID, eos_token_id=EOS_ID)
+    tokenizer.save(str(tmp_path / "source" / "tokenizer.json"))
+    make_two_tower(tmp_path / "source", tmp_path / "start")
+    lines = [json.dumps({"prompt": f"{i} + 1 =", "answer": f" {i + 1}"}) for i in range(200)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    content = tiny_content(tmp_path) | {"init_from": str(tmp_path / "start")}
+    for name in ("model", "tokenizer", "ar", "evaluation"):
+        del content[name]
+    content["data"]["sources"] = [{"kind": "jsonl", "path": str(tmp_path / "sums.jsonl")}]
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(content))
+    cli.run_here(path, None)
+    start, trained = (dict(read_tensors(tmp_path / name)) for name in ("start", "model"))
+    for name, tensor in start.items():
+        same = torch.equal(trained[name], tensor.bfloat16())
+        assert same or not name.startswith("context_"), name
+    assert not torch.equal(trained["lm_head.weight"], start["lm_head.weight"].bfloat16())
+    assert "trained from\nstart" in (tmp_path / "model" / "README.md").read_text()
+    assert (tmp_path / "model" / "tokenizer.json").exists()
+    assert not (tmp_path / "model" / "heldout.jsonl").exists()
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])["stage"] == "denoiser"
 
 
 def test_the_command_trains_evaluates_and_exports(tmp_path):

@@ -94,7 +94,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         (
             "bidirectional_mamba",
             getattr(vllm_config.model_config.hf_config, "bidirectional_mamba", False),
-            "the denoiser's Mamba layers run from left to right here; vllm_twotower.reference generates with such a model",
+            "the denoiser's Mamba layers run from left to right here; use vllm_twotower.reference",
         ),
         (
             "speculative_config",

@@ -55,7 +55,7 @@ def run_here(path: Path, only: list[str] | None) -> None:
         if "train" in steps:
             train(config, run_dir)
         is_first = rank() == 0
-    if "evaluate" in steps and is_first:
+    if "evaluate" in steps and is_first and config.evaluation:
         from vllm_twotower.training.evaluate import evaluate_run
 
         evaluate_run(config, run_dir)

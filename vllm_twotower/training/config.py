@@ -86,11 +86,8 @@ class DataConfig:
 
     @property
     def mix(self) -> dict[str, float]:
-        """The families of problems and their frequencies, for evaluation."""
-        mixes = [source.mix for source in self.sources if source.mix]
-        if not mixes:
-            raise TrainConfigError("data.sources has no problems to evaluate on")
-        return mixes[0]
+        """The families of problems and their frequencies; empty if no source has problems."""
+        return next((source.mix for source in self.sources if source.mix), {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,13 +181,15 @@ class TrainConfig:
     log_every: int  # steps
     data: DataConfig
     denoiser: DenoiserStageConfig
-    evaluation: EvaluationConfig
+    evaluation: EvaluationConfig | None = None
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer: TokenizerConfig | None = None
     ar: StageConfig | None = None
     init_from: str = ""
 
     def __post_init__(self) -> None:
+        if self.evaluation and not self.data.mix:
+            raise TrainConfigError("evaluation needs a source of problems in data.sources: leave it out")
         if self.init_from:
             if self.model or self.tokenizer:
                 raise TrainConfigError("with init_from, model and tokenizer come from that checkpoint: leave them out")

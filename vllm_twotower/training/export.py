@@ -27,7 +27,8 @@ def export_run(config: TrainConfig, run_dir: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config.model, indent=2) + "\n", encoding="utf-8")
     for file in (run_dir / "tokenizer").iterdir():
         shutil.copy(file, folder)
-    write_problems(folder / "heldout.jsonl", evaluation_problems(config, HELD_OUT_SAMPLE))
+    if config.data.mix:
+        write_problems(folder / "heldout.jsonl", evaluation_problems(config, HELD_OUT_SAMPLE))
     draw_losses(folder / "loss.png", {stage: read_log(run_dir, stage) for stage in progress})
     evaluated = read_scores(run_dir) if (run_dir / "evaluation.json").exists() else ([], {})
     card = model_card(config, model, progress, run_dir, *evaluated)
@@ -66,12 +67,13 @@ def model_card(
 ) -> str:
     """README.md of the model folder."""
     sections = [
-        _INTRODUCTION,
+        _continued_introduction(config) if config.init_from else _INTRODUCTION,
         _size_section(config, model),
         _training_section(config, progress, run_dir),
         _score_section(scores, full_mask_loss),
-        _LIMITS,
     ]
+    if not config.init_from:
+        sections.append(_LIMITS)
     return "\n".join(sections)
 
 
@@ -96,6 +98,17 @@ Question: Tom has 12 apples and buys 7 more. How many apples does he have?
 Answer: 12 + 7 = 19. He has 19 apples. The answer is 19.
 ```
 """
+
+
+def _continued_introduction(config: TrainConfig) -> str:
+    name = Path(config.export_dir).name
+    return f"""\
+# {name}
+
+A TwoTower block-diffusion language model in the key layout of NVIDIA's Nemotron TwoTower, trained from
+{Path(config.init_from).name}.
+"""
+
 
 _LIMITS = """\
 ## Limits
@@ -145,26 +158,23 @@ def _training_section(config: TrainConfig, progress: dict[str, Progress], run_di
     return f"""\
 ## Training
 
-```
-vllm-twotower train configs/train-tiny.yaml
-```
-
-All data are made from seed {config.seed}: {sources}. The pieces come from the Python that runs the training (here
-{python}; another version gives others). One problem in {HELD_OUT_ONE_IN} is held out, by a hash of its template and its
-numbers or words. Packed sequences of {data.sequence_length} tokens; loss weights {data.prompt_weight:g} for prompts,
-{data.fill_weight:g} for the EOS tokens that fill a last block, those named for pieces, 1 for
+`vllm-twotower train` with seed {config.seed} on {sources}.
+Pieces come from the Python that runs the training (here {python}; another version gives others). One problem in
+{HELD_OUT_ONE_IN} is held out, by a hash of its template and its numbers or words. Packed sequences of
+{data.sequence_length} tokens; loss weights {data.prompt_weight:g} for prompts, {data.fill_weight:g} for the EOS tokens
+that fill a last block, those named for pieces, 1 for
 answers. AdamW, constant rate, linear decay over the last part.
 
-The denoiser starts as a copy of the context tower, which stays frozen. Of its blocks
+Of the denoiser's blocks
 {denoiser.answer_block_share:.0%} start where an answer starts or a multiple of {data.block_size} tokens later, the
 others anywhere. t is 1 for {denoiser.full_mask_share:.0%} of the blocks and otherwise uniform in [0.001, 1]; each token
 is masked with probability t.
 
-| stage | steps | predicted positions | minutes on 2 CPU cores | peak learning rate | last loss |
+| stage | steps | predicted positions | minutes | peak learning rate | last loss |
 |---|---|---|---|---|---|
 {rows}
 
-The cores were shared with other work. Loss is the weighted cross-entropy in nats, before each update:
+Loss is the weighted cross-entropy in nats, before each update:
 
 ![loss](loss.png)
 """
