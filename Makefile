@@ -23,7 +23,7 @@ THREADING := OMP_NUM_THREADS=$(THREADS) VLLM_CPU_OMP_THREADS_BIND=nobind
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test bench lint format lock clean
+.PHONY: help setup demo serve test bench train lint format lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,13 @@ bench: setup  ## measure speed, latency, memory and the cost model; ends with on
 	@rm -f runs/bench.jsonl
 	@set -e; for script in $(BENCHMARKS); do $(RUN) python benchmarks/$$script --summary runs/bench.jsonl; done
 	@$(RUN) python benchmarks/summary.py runs/bench.jsonl
+
+# Hours on two cores. It goes on where it was stopped.
+TRAIN_CONFIG ?= configs/train-tiny.yaml
+train: setup  ## train a tiny model from nothing, evaluate and export it (TRAIN_CONFIG=)
+	$(RUN) vllm-twotower train $(TRAIN_CONFIG)
+	$(RUN) vllm-twotower eval runs/train-tiny/model --output runs/train-tiny/evaluation
+	$(RUN) vllm-twotower train $(TRAIN_CONFIG) --only export
 
 lint: setup  ## check style and formatting
 	$(BIN)/ruff check .

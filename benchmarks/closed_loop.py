@@ -15,7 +15,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads slow a tiny model down
 
-from vllm_twotower.demo import fastest_dtype
+from vllm_twotower.offline import fastest_dtype
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams

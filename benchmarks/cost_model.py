@@ -25,7 +25,7 @@ from closed_loop import TINY, closed_loop, problems
 from summary import Summary
 
 from vllm_twotower.checkpoint import TwoTowerConfig
-from vllm_twotower.demo import fastest_dtype
+from vllm_twotower.offline import fastest_dtype
 from vllm_twotower.planning.cli import DTYPE_BYTES
 from vllm_twotower.planning.cost_model import CostModel, PassCost
 from vllm_twotower.planning.fit import HardwareFit, work

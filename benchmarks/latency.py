@@ -18,7 +18,7 @@ import numpy as np
 from closed_loop import TINY, Outcome, closed_loop, problems, start
 from summary import Summary
 
-from vllm_twotower.demo import fastest_dtype
+from vllm_twotower.offline import fastest_dtype
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -18,7 +18,7 @@ from closed_loop import TINY, problems, start
 from summary import Summary
 
 from vllm_twotower.checkpoint import TwoTowerConfig
-from vllm_twotower.demo import fastest_dtype
+from vllm_twotower.offline import fastest_dtype
 from vllm_twotower.planning.model_size import ModelSize
 
 

@@ -23,7 +23,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from closed_loop import TINY, problems, start
 from summary import Summary
 
-from vllm_twotower.demo import fastest_dtype
+from vllm_twotower.offline import fastest_dtype
 
 PARTS = ("scheduler", "prepare", "metadata", "towers", "heads", "sampler", "further", "post", "update", "detokenizer")
 

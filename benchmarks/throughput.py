@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from closed_loop import TINY, Outcome, Stretch, closed_loop, in_turns, metric_values, problems, start
 from summary import Summary
 
-from vllm_twotower.demo import fastest_dtype
+from vllm_twotower.offline import fastest_dtype
 
 if TYPE_CHECKING:
     from vllm import LLM

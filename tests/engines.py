@@ -72,7 +72,14 @@ def generate(
     llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], **options: Any
 ) -> list[RequestOutput]:
     """All requests at once; ``options`` go to ``LLM.generate``."""
-    return llm.generate([{"prompt_token_ids": list(p)} for p in prompts], list(params), use_tqdm=False, **options)
+    core_of = core(llm)
+    assert not getattr(core_of, "is_broken", False), "an earlier step of this engine raised"
+    try:
+        return llm.generate([{"prompt_token_ids": list(p)} for p in prompts], list(params), use_tqdm=False, **options)
+    except Exception:
+        # A request that is refused leaves nothing behind; after any other error the engine would never come to rest.
+        core_of.is_broken = core_of.scheduler.has_unfinished_requests()
+        raise
 
 
 def tokens_of(outputs: Sequence[RequestOutput]) -> list[tuple[int, ...]]:
@@ -121,10 +128,10 @@ def traced(llm: LLM) -> Iterator[Trace]:
     trace, sampler, req_states = Trace(), runner(llm).sampler, runner(llm).req_states
     denoise, call = sampler._denoise, type(sampler).__call__
 
-    def record(blocks, logits, sampled, num_sampled):
+    def record(blocks, logits, output):
         strategies = sampler._table.strategies
         before, t, raw = blocks.canvas.clone(), blocks.times(strategies).tolist(), logits.clone()
-        whole = denoise(blocks, logits, sampled, num_sampled)
+        whole = denoise(blocks, logits, output)
         slots, lengths = blocks.slots.tolist(), blocks.rows.lengths.tolist()
         for i, (slot, length, part) in enumerate(zip(slots, lengths, raw.split(lengths), strict=True)):
             after = tuple(blocks.canvas[i, :length].tolist())

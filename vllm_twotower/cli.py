@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from vllm_twotower import __version__, conversion, demo, inspection
+from vllm_twotower.evaluation import cli as evaluation
 from vllm_twotower.planning import cli as planning
 from vllm_twotower.training import cli as training
 
@@ -14,6 +15,7 @@ COMMANDS = {
     "init": ("make a TwoTower checkpoint from a Nemotron-H one", conversion),
     "inspect": ("say what a checkpoint holds, and the memory it needs", inspection),
     "plan": ("predict speed and memory on given hardware", planning),
+    "eval": ("accuracy and speed on held-out problems, sweeps, likelihoods", evaluation),
     "train": ("train a TwoTower from a YAML file", training),
 }
 

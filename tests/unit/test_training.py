@@ -16,6 +16,7 @@ import yaml
 
 from vllm_twotower.checkpoint import read_tensors
 from vllm_twotower.conversion import make_two_tower
+from vllm_twotower.evaluation.answers import held_out_problems
 from vllm_twotower.reference import TwoTowerModel
 from vllm_twotower.training import cli
 from vllm_twotower.training.config import (
@@ -28,14 +29,12 @@ from vllm_twotower.training.config import (
 )
 from vllm_twotower.training.corpus import Corpus, Document, prepare_corpus
 from vllm_twotower.training.data import (
-    ANSWER_START,
     draw_sequence,
     make_ar_batch,
     make_denoiser_batch,
     pack,
     step_rng,
 )
-from vllm_twotower.training.evaluate import evaluation_problems
 from vllm_twotower.training.initialise import start_denoiser_from_context, tie_towers
 from vllm_twotower.training.library_text import draw_piece, library_prose, library_sources
 from vllm_twotower.training.objective import ar_loss, weighted_cross_entropy
@@ -79,7 +78,6 @@ def tiny_content(folder: Path) -> dict:
         source["documents"] = documents
     for stage in ("ar", "denoiser"):
         content[stage] |= {"steps": 4, "batch_size": 2, "warmup_steps": 1}
-    content["evaluation"] = {"problems": 2, "gammas": [0.8], "max_new_tokens": 8}
     return content
 
 
@@ -306,9 +304,7 @@ class TestData:
                 known = sequence.tokens[start:end].tolist()
                 assert target == known + [EOS_ID] * (len(target) - len(known))
             answers = {start for start, _ in sequence.answers}
-            starts = batch.block_starts[row][batch.kinds[row] == ANSWER_START].tolist()
-            assert starts
-            assert set(starts) <= answers
+            assert set(batch.block_starts[row].tolist()) & answers
 
     def test_masks_cover_at_least_one_token_and_all_at_t_1(self, config, corpus):
         batch = make_denoiser_batch(step_rng(1, "denoiser", 0), config.denoiser, config.data, corpus)
@@ -526,7 +522,7 @@ def test_from_a_nemotron_h_checkpoint_to_a_trained_two_tower(tmp_path, tokenizer
     lines = [json.dumps({"prompt": f"{i} + 1 =", "answer": f" {i + 1}"}) for i in range(200)]
     (tmp_path / "sums.jsonl").write_text("\n".join(lines))
     content = tiny_content(tmp_path) | {"init_from": str(tmp_path / "start")}
-    for name in ("model", "tokenizer", "ar", "evaluation"):
+    for name in ("model", "tokenizer", "ar"):
         del content[name]
     content["data"]["sources"] = [{"kind": "jsonl", "path": str(tmp_path / "sums.jsonl")}]
     path = tmp_path / "train.yaml"
@@ -543,7 +539,7 @@ def test_from_a_nemotron_h_checkpoint_to_a_trained_two_tower(tmp_path, tokenizer
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])["stage"] == "denoiser"
 
 
-def test_the_command_trains_evaluates_and_exports(tmp_path):
+def test_the_command_trains_and_exports(tmp_path):
     pytest.importorskip("matplotlib")
     content = tiny_content(tmp_path)
     path = tmp_path / "train.yaml"
@@ -556,6 +552,10 @@ def test_the_command_trains_evaluates_and_exports(tmp_path):
     assert model.config.pattern == "M*-"
     assert json.loads((folder / "config.json").read_text()) == content["model"]
     first = json.loads((folder / "heldout.jsonl").read_text().splitlines()[0])
-    assert first["prompt"] == evaluation_problems(load_config(path), 1)[0].prompt
-    assert "of 2" in (folder / "README.md").read_text()
+    assert first["prompt"] == held_out_problems(200, content["seed"])[1][0].prompt
+    assert "Not evaluated" in (folder / "README.md").read_text()
+    (tmp_path / "run" / "evaluation").mkdir()
+    (tmp_path / "run" / "evaluation" / "results.md").write_text("# model\n\nMost were right.\n")
+    cli.run(parser.parse_args([str(path), "--only", "export"]))
+    assert "## Evaluation\n\nMost were right." in (folder / "README.md").read_text()
     assert (folder / "loss.png").stat().st_size > 0

@@ -1,4 +1,4 @@
-"""Trains both stages of a TwoTower, evaluates on held-out problems, and exports a model folder.
+"""Trains a TwoTower and exports it as a model folder.
 
 On several processes: torchrun --nproc-per-node 2 -m vllm_twotower.training CONFIG, or --ray 2.
 """
@@ -8,7 +8,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-STEPS = ("train", "evaluate", "export")
+STEPS = ("train", "export")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=STEPS,
         action="append",
         help="do just this (may be repeated); by default everything. Training always goes on from a checkpoint in the "
-        "configuration's run_dir; evaluation and export take the newest weights there, finished or not",
+        "configuration's run_dir; export takes the newest weights there, finished or not",
     )
 
 
@@ -55,10 +55,6 @@ def run_here(path: Path, only: list[str] | None) -> None:
         if "train" in steps:
             train(config, run_dir)
         is_first = rank() == 0
-    if "evaluate" in steps and is_first and config.evaluation:
-        from vllm_twotower.training.evaluate import evaluate_run
-
-        evaluate_run(config, run_dir)
     if "export" in steps and is_first:
         from vllm_twotower.training.export import export_run
 

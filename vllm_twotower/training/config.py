@@ -154,15 +154,6 @@ class DenoiserStageConfig(StageConfig):
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """Greedy generation on held-out problems: autoregressive, and mask diffusion at every `gammas`."""
-
-    problems: int
-    gammas: list[float]
-    max_new_tokens: int
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides the trained model.
 
@@ -181,15 +172,12 @@ class TrainConfig:
     log_every: int  # steps
     data: DataConfig
     denoiser: DenoiserStageConfig
-    evaluation: EvaluationConfig | None = None
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer: TokenizerConfig | None = None
     ar: StageConfig | None = None
     init_from: str = ""
 
     def __post_init__(self) -> None:
-        if self.evaluation and not self.data.mix:
-            raise TrainConfigError("evaluation needs a source of problems in data.sources: leave it out")
         if self.init_from:
             if self.model or self.tokenizer:
                 raise TrainConfigError("with init_from, model and tokenizer come from that checkpoint: leave them out")

@@ -13,10 +13,6 @@ from vllm_twotower.training.corpus import Corpus, Document
 
 SMALLEST_T = 1e-3
 
-# Kinds of block starts, for the cross-entropy by offset.
-ANSWER_START, ANSWER_LATER, RANDOM_START = range(3)
-START_KINDS = {ANSWER_START: "answer start", ANSWER_LATER: "later in the answer", RANDOM_START: "random offset"}
-
 
 @dataclass(frozen=True)
 class PackedSequence:
@@ -51,7 +47,6 @@ class DenoiserBatch:
 
     tokens: Tensor  # (B, L) int64, clean
     block_starts: Tensor  # (B, N) int64, within 1 and L
-    kinds: Tensor  # (B, N) int64, one of START_KINDS
     targets: Tensor  # (B, N, S) int64; EOS past the end of the document
     weights: Tensor  # (B, N, S) fp32
     masked: Tensor  # (B, N, S) bool, at least one in every block
@@ -134,10 +129,10 @@ def make_denoiser_batch(
     block_size = stage.block_size(step, config.block_size)
     sequences = [draw_sequence(rng, corpus, config, block_size) for _ in range(stage.batch_size)]
     numbers = np.random.default_rng(rng.getrandbits(64))
-    drawn = [_draw_starts(numbers, sequence, stage, config, block_size) for sequence in sequences]
+    starts = [_draw_starts(numbers, sequence, stage, config, block_size) for sequence in sequences]
     blocks = [
-        _cut_blocks(sequence, starts, config, block_size, corpus.special.eos)
-        for sequence, (starts, _) in zip(sequences, drawn, strict=True)
+        _cut_blocks(sequence, of_sequence, config, block_size, corpus.special.eos)
+        for sequence, of_sequence in zip(sequences, starts, strict=True)
     ]
     targets = np.stack([block for block, _ in blocks])
     t, masked = _draw_masks(numbers, targets.shape, stage.full_mask_share)
@@ -145,8 +140,7 @@ def make_denoiser_batch(
     tokens, context_targets, context_weights = _next_tokens(sequences, config.sequence_length)
     return DenoiserBatch(
         tokens=tokens,
-        block_starts=torch.from_numpy(np.stack([starts for starts, _ in drawn])),
-        kinds=torch.from_numpy(np.stack([kinds for _, kinds in drawn])),
+        block_starts=torch.from_numpy(np.stack(starts)),
         targets=torch.from_numpy(targets),
         weights=weights,
         masked=torch.from_numpy(masked),
@@ -165,27 +159,21 @@ def _draw_starts(
     stage: DenoiserStageConfig,
     config: DataConfig,
     block_size: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Starts (N,) and kinds (N,) of a sequence's blocks.
+) -> np.ndarray:
+    """Starts (N,) of a sequence's blocks.
 
     At inference blocks start where the prompt ends, and go on from there; a denoiser trained on another phase fails.
     Random starts are drawn in proportion to the loss weight of the token there, so few lie in prompts.
     """
     first, last = 1, config.sequence_length  # a block needs a context, if only BOS
-    aligned = [
-        (position, ANSWER_START if position == start else ANSWER_LATER)
-        for start, end in sequence.answers
-        for position in range(start, min(end, last) + 1, block_size)
-    ]
+    aligned = [position for start, end in sequence.answers for position in range(start, min(end, last) + 1, block_size)]
     wanted = round(stage.blocks_per_sequence * stage.answer_block_share)
     chosen = [aligned[i] for i in numbers.permutation(len(aligned))[:wanted]]
     weights = sequence.weights[first : last + 1]
     positions = numbers.choice(
         np.arange(first, last + 1), size=stage.blocks_per_sequence - len(chosen), p=weights / weights.sum()
     )
-    starts = np.array([position for position, _ in chosen] + positions.tolist(), np.int64)
-    kinds = np.array([kind for _, kind in chosen] + [RANDOM_START] * len(positions), np.int64)
-    return starts, kinds
+    return np.array(chosen + positions.tolist(), np.int64)
 
 
 def _cut_blocks(

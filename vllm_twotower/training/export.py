@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from vllm_twotower.evaluation.answers import held_out_problems
 from vllm_twotower.reference import TwoTowerModel
 from vllm_twotower.training.config import SourceConfig, StageConfig, TrainConfig
-from vllm_twotower.training.evaluate import Score, evaluation_problems, read_scores
 from vllm_twotower.training.problems import HELD_OUT_ONE_IN, Problem
 from vllm_twotower.training.stages import AR, DENOISER, load_latest
 from vllm_twotower.training.trainer import Progress, read_log
@@ -19,7 +19,10 @@ HELD_OUT_SAMPLE = 200
 
 
 def export_run(config: TrainConfig, run_dir: Path) -> None:
-    """Exports the newest weights of a run to export_dir; without an evaluation there, the card has no scores."""
+    """Exports the newest weights of a run to export_dir.
+
+    The card has the scores of `vllm-twotower eval`, if it wrote them into the run's folder `evaluation`.
+    """
     folder = Path(config.export_dir)
     folder.mkdir(parents=True, exist_ok=True)
     model, progress = load_latest(config, run_dir)
@@ -28,11 +31,9 @@ def export_run(config: TrainConfig, run_dir: Path) -> None:
     for file in (run_dir / "tokenizer").iterdir():
         shutil.copy(file, folder)
     if config.data.mix:
-        write_problems(folder / "heldout.jsonl", evaluation_problems(config, HELD_OUT_SAMPLE))
+        write_problems(folder / "heldout.jsonl", held_out_problems(HELD_OUT_SAMPLE, config.seed)[1])
     draw_losses(folder / "loss.png", {stage: read_log(run_dir, stage) for stage in progress})
-    evaluated = read_scores(run_dir) if (run_dir / "evaluation.json").exists() else ([], {})
-    card = model_card(config, model, progress, run_dir, *evaluated)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(model_card(config, model, progress, run_dir), encoding="utf-8")
 
 
 def write_problems(path: Path, problems: list[Problem]) -> None:
@@ -57,20 +58,13 @@ def draw_losses(path: Path, logs: dict[str, list[dict[str, Any]]]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def model_card(
-    config: TrainConfig,
-    model: TwoTowerModel,
-    progress: dict[str, Progress],
-    run_dir: Path,
-    scores: list[Score],
-    full_mask_loss: dict[str, float],
-) -> str:
+def model_card(config: TrainConfig, model: TwoTowerModel, progress: dict[str, Progress], run_dir: Path) -> str:
     """README.md of the model folder."""
     sections = [
         _continued_introduction(config) if config.init_from else _INTRODUCTION,
         _size_section(config, model),
         _training_section(config, progress, run_dir),
-        _score_section(scores, full_mask_loss),
+        _evaluation_section(run_dir / "evaluation" / "results.md"),
     ]
     if not config.init_from:
         sections.append(_LIMITS)
@@ -196,30 +190,7 @@ def _stage_row(title: str, settings: StageConfig, progress: Progress, log: list[
     )
 
 
-def _score_section(scores: list[Score], full_mask_loss: dict[str, float]) -> str:
-    if not scores:
-        return "## Evaluation\n\nNot evaluated.\n"
-    rows = "\n".join(
-        f"| {one.mode} | {one.right} of {one.problems} | {one.accuracy:.1%} | {one.tokens_per_pass:.1f} | "
-        f"{_wrong_families(one)} |"
-        for one in scores
-    )
-    losses = ", ".join(f"{loss:.3f} ({kind})" for kind, loss in full_mask_loss.items())
-    return f"""\
-## Evaluation
-
-Held-out problems, greedy, plain PyTorch model in fp32 with the exported bf16 weights, at most 16 denoiser passes a
-block. An answer is right if the text names the expected result after "The answer is". `heldout.jsonl` has the first
-{HELD_OUT_SAMPLE} of these problems.
-
-| mode | right | | tokens per pass (denoiser; AR: context tower) | wrong answers by family |
-|---|---|---|---|---|
-{rows}
-
-Cross-entropy of wholly masked blocks by where they start: {losses}.
-"""
-
-
-def _wrong_families(one: Score) -> str:
-    ranked = sorted(one.wrong_by_family.items(), key=lambda item: -item[1])
-    return ", ".join(f"{family.replace('_', ' ')} {count}" for family, count in ranked) or "none"
+def _evaluation_section(results: Path) -> str:
+    """What `vllm-twotower eval` wrote, below its title."""
+    text = results.read_text(encoding="utf-8").partition("\n")[2].strip() if results.exists() else "Not evaluated."
+    return f"## Evaluation\n\n{text}\n"

@@ -1,6 +1,5 @@
 """The training losses: weighted means of the cross-entropy, in nats."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,16 +32,3 @@ def denoiser_loss(model: TwoTowerModel, batch: DenoiserBatch, stage: DenoiserSta
             logits, batch.context_targets, batch.context_weights, batch.total_context_weight
         )
     return loss
-
-
-@torch.inference_mode()
-def full_mask_loss_by_kind(model: TwoTowerModel, batch: DenoiserBatch) -> dict[int, float]:
-    """Cross-entropy of wholly masked blocks (t = 1) for every kind of block start in the batch."""
-    canvas = torch.full_like(batch.targets, batch.mask_token_id)
-    logits = model.denoise_blocks(batch.tokens, batch.block_starts, canvas, torch.ones_like(batch.t))
-    result = {}
-    for kind in batch.kinds.unique().tolist():
-        of_kind = batch.kinds == kind
-        weights = batch.weights[of_kind]
-        result[kind] = weighted_cross_entropy(logits[of_kind], batch.targets[of_kind], weights, weights.sum()).item()
-    return result

@@ -1,0 +1,75 @@
+"""`vllm-twotower eval` on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_twotower.evaluation.answers import held_out_problems
+
+REPOSITORY = Path(__file__).parents[2]
+PROBLEMS = 40
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command's folder; in a process of its own, as it starts engines that run in other processes."""
+    folder = tmp_path_factory.mktemp("evaluation") / "results"
+    options = "--problems {} --thresholds 0.8 1.0 --steps 2 --widths 8 32 --speed-problems 2 --rounds 1"
+    options += " --likelihood-problems 6 --max-tokens 48 --dtype float32"
+    subprocess.run(
+        [sys.executable, "-m", "vllm_twotower.cli", "eval", str(REPOSITORY / "models" / "tiny-twotower"), "--output"]
+        + [str(folder), *options.format(PROBLEMS).split()],
+        check=True,
+        timeout=600,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(output: Path) -> dict:
+    return json.loads((output / "results.json").read_text())
+
+
+def test_every_score_counts_every_problem(results: dict):
+    scores = [*results["reported"].values(), *results["thresholds"].values()]
+    scores += [*results["steps"].values(), *results["widths"].values()]
+    assert len(scores) == 3 + 2 + 1 + 2
+    for one in scores:
+        assert one["problems"] == PROBLEMS
+        assert sum(right for right, _ in one["right_by_family"].values()) == one["right"] <= PROBLEMS
+        assert sum(asked for _, asked in one["right_by_family"].values()) == PROBLEMS
+        assert one["tokens"] > 0
+    _, reported = held_out_problems(PROBLEMS, 0)
+    for family, (_, asked) in results["reported"]["ar"]["right_by_family"].items():
+        assert asked == sum(problem.family == family for problem in reported)
+
+
+def test_passes_follow_the_settings(results: dict):
+    reported, widths = results["reported"], results["widths"]
+    assert reported["ar"]["tokens_per_pass"] <= 1
+    assert not reported["ar"]["steps_per_block"]
+    # One token a pass, and the EOS tokens that fill a last block.
+    assert reported["threshold 1"]["passes"] >= reported["threshold 1"]["tokens"]
+    assert results["thresholds"]["0.8"]["tokens_per_pass"] > results["thresholds"]["1"]["tokens_per_pass"]
+    assert results["steps"]["2"]["tokens_per_pass"] > 4
+    assert max(map(float, results["steps"]["2"]["steps_per_block"])) <= 2
+    assert sum(widths["8"]["steps_per_block"].values()) > sum(widths["32"]["steps_per_block"].values())
+    assert results["speed"]["ar"] > 0
+
+
+def test_the_rest_is_written(output: Path, results: dict):
+    found = results["likelihood"]
+    assert 0 < found["context"] < found["denoiser_bound"]
+    assert len(found["by_offset"]) == len(results["unmasking"][0]) == 16
+    # Every position of every block is committed once.
+    assert [sum(column) for column in zip(*results["unmasking"], strict=True)] == pytest.approx([1] * 16)
+    text = (output / "results.md").read_text()
+    assert f"of {PROBLEMS}" in text
+    assert "| threshold | right |" in text
+    for name in ("quality.png", "steps_per_block.png", "unmasking.png"):
+        assert (output / name).stat().st_size > 5000

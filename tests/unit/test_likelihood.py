@@ -1,0 +1,100 @@
+"""Choosing a threshold, the problems to choose on, and likelihoods against cases with a known answer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vllm_twotower.checkpoint import TwoTowerConfig
+from vllm_twotower.evaluation.answers import Score, held_out_problems
+from vllm_twotower.evaluation.cli import choose_threshold
+from vllm_twotower.evaluation.likelihood import likelihood, unmasking_order
+from vllm_twotower.reference import TwoTowerModel
+from vllm_twotower.training.initialise import initialise
+
+CONFIG = TwoTowerConfig(
+    pattern="M*-",
+    hidden_size=32,
+    vocab_size=260,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    mamba_num_heads=2,
+    mamba_head_dim=16,
+    ssm_state_size=8,
+    n_groups=1,
+    conv_kernel=4,
+    layer_norm_epsilon=1e-5,
+    intermediate_size=32,
+)
+
+
+def score(right: int, passes: int) -> Score:
+    return Score(1000, right, 4000, passes, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen"),
+    [
+        ({0.5: score(940, 500), 0.8: score(947, 700), 1.0: score(950, 4000)}, 0.8),
+        ({0.5: score(950, 500), 0.8: score(955, 700)}, 0.5),
+        ({0.5: score(700, 500), 0.8: score(800, 700), 1.0: score(800, 4000)}, 0.8),
+    ],
+)
+def test_the_fastest_threshold_that_keeps_the_quality(scores: dict[float, Score], chosen: float):
+    assert choose_threshold(score(959, 4000), scores) == chosen
+
+
+def test_problems_are_held_out_and_do_not_overlap():
+    to_choose, to_report = held_out_problems(300, 0)
+    assert len(to_choose) == len(to_report) == 300
+    assert all(problem.held_out for problem in to_choose + to_report)
+    assert not {problem.question for problem in to_choose} & {problem.question for problem in to_report}
+    assert held_out_problems(300, 0) == (to_choose, to_report)
+    assert held_out_problems(300, 1)[0] != to_choose
+
+
+def model(canvas_length: int) -> TwoTowerModel:
+    """Untrained: the denoiser is the context tower."""
+    made = TwoTowerModel(replace(CONFIG, canvas_length=canvas_length))
+    initialise(made, 0)
+    with torch.no_grad():
+        made.context_lm_head.weight.mul_(30)
+        made.lm_head.weight.mul_(30)
+    return made.eval()
+
+
+def encode(text: str) -> list[int]:
+    return [4 + byte for byte in text.encode()]
+
+
+def test_likelihoods_of_blocks_of_one_token():
+    problems = held_out_problems(2, 0)[0]
+    one = model(1)
+    found = likelihood(one, problems, encode, 1, strata=400, seed=0)
+    expected, bound, tokens = 0.0, 0.0, 0
+    for problem in problems:
+        prompt, answer = [1, *encode(problem.prompt)], [*encode(problem.answer), 2]
+        text = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            logits = one.context_logits(text).log_softmax(-1)[0]
+            starts = torch.arange(len(prompt), text.shape[1])[None]
+            masks = torch.full((1, len(answer), 1), 3)
+            denoised = one.denoise_blocks(text, starts, masks, torch.ones(1, len(answer))).log_softmax(-1)[0, :, 0]
+        expected -= sum(logits[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
+        bound -= sum(denoised[i, token].item() for i, token in enumerate(answer))
+        tokens += len(answer)
+    assert found.context == pytest.approx(expected / tokens, rel=1e-4)
+    assert found.perplexity == pytest.approx(math.exp(expected / tokens), rel=1e-3)
+    assert found.by_offset == pytest.approx([bound / tokens], rel=1e-4)
+    assert found.denoiser_bound == pytest.approx(bound / tokens, rel=0.1)  # at random t
+
+
+def test_the_order_of_unmasking_covers_every_place():
+    order = unmasking_order(model(4), held_out_problems(3, 0)[0], encode, 1, gamma=1.0, max_tokens=8)
+    assert len(order) == 4  # one token a pass
+    assert [sum(passes) for passes in order] == pytest.approx([1] * 4)
+    assert [sum(column) for column in zip(*order, strict=True)] == pytest.approx([1] * 4)

@@ -1,0 +1,1 @@
+"""How good and how fast a TwoTower is: answers to held-out problems through the engine, likelihoods, plots."""

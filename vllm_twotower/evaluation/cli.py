@@ -1,0 +1,155 @@
+"""Evaluates a checkpoint on held-out problems: accuracy and speed of AR and mask diffusion, sweeps, likelihoods.
+
+Writes results.json, results.md and plots. The threshold is chosen on other problems than those that are reported: the
+one with the most tokens per pass that keeps 98.7 % of AR's right answers, or else the one with the most right answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_twotower.evaluation.answers import AR, Score, held_out_problems, score, speeds
+from vllm_twotower.evaluation.report import draw, markdown
+from vllm_twotower.offline import fastest_dtype
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+RETENTION = 0.987  # the paper's
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("model", type=Path, help="checkpoint folder")
+    parser.add_argument("--output", type=Path, default=Path("runs/evaluation"), help="folder (default: %(default)s)")
+    parser.add_argument("--problems", type=int, default=1000, help="to choose on, and as many to report")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0])
+    parser.add_argument("--steps", type=int, nargs="*", default=[1, 2, 4, 8], help="passes a block at most")
+    parser.add_argument("--widths", type=int, nargs="*", default=[4, 8, 16, 32, 64], help="block widths")
+    parser.add_argument("--speed-problems", type=int, default=32, help="answered one after the other")
+    parser.add_argument("--rounds", type=int, default=3, help="of the speed measurement")
+    parser.add_argument("--likelihood-problems", type=int, default=200)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--dtype", default=fastest_dtype(), help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    to_choose, to_report = held_out_problems(args.problems, args.seed)
+    results: dict[str, Any] = {
+        "model": args.model.name,
+        "dtype": args.dtype,
+        "problems": args.problems,
+        "max_tokens": args.max_tokens,
+    }
+    results |= _generated(args, to_choose, to_report)
+    results |= _likelihoods(args, to_report, results["chosen"])
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    text = markdown(results)
+    (args.output / "results.md").write_text(text + "\n", encoding="utf-8")
+    draw(results, args.output)
+    print(text)
+
+
+def choose_threshold(ar: Score, scores: dict[float, Score]) -> float:
+    """The fastest threshold that keeps AR's quality; if none does, the one with the most right answers."""
+    keeping = [threshold for threshold, one in scores.items() if one.accuracy >= RETENTION * ar.accuracy]
+    if keeping:
+        return max(keeping, key=lambda threshold: scores[threshold].tokens_per_pass)
+    return max(scores, key=lambda threshold: (scores[threshold].right, scores[threshold].tokens_per_pass))
+
+
+def _generated(args: argparse.Namespace, to_choose: list, to_report: list) -> dict[str, Any]:
+    """What comes from the engine."""
+    with _engine(args) as llm:
+        ar = score(llm, to_choose, args.max_tokens, AR)
+        thresholds = {t: score(llm, to_choose, args.max_tokens, _threshold(t)) for t in args.thresholds}
+        chosen = choose_threshold(ar, thresholds)
+        name = f"threshold {chosen:g}"
+        variants = {"ar": AR, name: _threshold(chosen), "threshold 1": _threshold(1.0)}
+        reported = {variant: score(llm, to_report, args.max_tokens, options) for variant, options in variants.items()}
+        steps = {
+            n: score(llm, to_report, args.max_tokens, _threshold(chosen) | {"diffusion_max_steps": n})
+            for n in args.steps
+        }
+        asked = to_report[: args.speed_problems]
+        speed = speeds(llm, asked, args.max_tokens, {"ar": AR, name: _threshold(chosen)}, args.rounds)
+    widths = {}
+    if args.widths:
+        with _engine(args, canvas_length=max(args.widths)) as llm:
+            for width in args.widths:
+                options = _threshold(chosen) | {"diffusion_canvas_length": width, "diffusion_max_steps": width}
+                widths[width] = score(llm, to_report, args.max_tokens, options)
+    return {
+        "chosen": chosen,
+        "chosen_on": {"ar": _entry(ar)},
+        "thresholds": {f"{t:g}": _entry(one) for t, one in thresholds.items()},
+        "reported": {variant: _entry(one) for variant, one in reported.items()},
+        "steps": {str(n): _entry(one) for n, one in steps.items()},
+        "widths": {str(width): _entry(one) for width, one in widths.items()},
+        "speed": speed,
+    }
+
+
+class _engine:
+    """An engine that ends with the block."""
+
+    def __init__(self, args: argparse.Namespace, canvas_length: int | None = None):
+        diffusion = {} if canvas_length is None else {"diffusion_config": {"canvas_length": canvas_length}}
+        self._options = {
+            "model": str(args.model),
+            "dtype": args.dtype,
+            "max_model_len": 1024,
+            "max_num_seqs": args.max_num_seqs,
+            "kv_cache_memory_bytes": 512 << 20,
+            "disable_log_stats": False,
+            **diffusion,
+        }
+
+    def __enter__(self) -> LLM:
+        from vllm import LLM
+
+        self._llm = LLM(**self._options)
+        return self._llm
+
+    def __exit__(self, *_: object) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+def _threshold(value: float) -> dict[str, Any]:
+    return {"diffusion_confidence_threshold": value}
+
+
+def _entry(one: Score) -> dict[str, Any]:
+    return {**asdict(one), "accuracy": one.accuracy, "tokens_per_pass": one.tokens_per_pass}
+
+
+def _likelihoods(args: argparse.Namespace, problems: list, chosen: float) -> dict[str, Any]:
+    """What comes from the plain model."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from vllm_twotower.evaluation.likelihood import likelihood, unmasking_order
+    from vllm_twotower.reference import TwoTowerModel
+
+    model = TwoTowerModel.from_pretrained(args.model, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    some = problems[: args.likelihood_problems]
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    found = likelihood(model, some, encode, tokenizer.bos_token_id, strata=8, seed=args.seed)
+    order = unmasking_order(model, some, encode, tokenizer.bos_token_id, chosen, args.max_tokens)
+    return {"likelihood": {**asdict(found), "perplexity": found.perplexity}, "unmasking": order}

@@ -1,0 +1,111 @@
+"""The results of an evaluation as Markdown and plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+Results = dict[str, Any]
+
+
+def markdown(results: Results) -> str:
+    """All tables."""
+    return "\n".join(
+        (
+            f"# {results['model']}",
+            "",
+            f"{results['problems']} held-out problems, greedy, at most {results['max_tokens']} tokens, "
+            f"{results['dtype']}. Thresholds were compared on {results['problems']} other problems; "
+            f"{results['chosen']} was chosen there.",
+            "",
+            *_modes(results),
+            "",
+            *_families(results),
+            "",
+            *_likelihood(results),
+            *_sweep("Thresholds (on the problems to choose on)", "threshold", results["thresholds"]),
+            *_sweep(f"Passes a block at most, threshold {results['chosen']}", "passes", results["steps"]),
+            *_sweep(f"Block width, threshold {results['chosen']}", "width", results["widths"]),
+        )
+    )
+
+
+def _modes(results: Results) -> list[str]:
+    ar, speed = results["reported"]["ar"], results["speed"]
+    lines = [
+        "| mode | right | | of AR | tokens per pass | tokens/s, one request open | of AR |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, one in results["reported"].items():
+        rate = speed.get(name)
+        lines.append(
+            f"| {name} | {one['right']} of {one['problems']} | {one['accuracy']:.1%} | "
+            f"{one['accuracy'] / ar['accuracy'] if ar['accuracy'] else 0:.1%} | {one['tokens_per_pass']:.2f} | "
+            + (f"{rate:.0f} | {rate / speed['ar']:.2f} |" if rate else "| |")
+        )
+    return lines
+
+
+def _families(results: Results) -> list[str]:
+    names = list(results["reported"])
+    lines = [f"| family | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for family in results["reported"][names[0]]["right_by_family"]:
+        cells = (results["reported"][name]["right_by_family"][family] for name in names)
+        lines.append(f"| {family.replace('_', ' ')} | {' | '.join(f'{right} of {of}' for right, of in cells)} |")
+    return lines
+
+
+def _likelihood(results: Results) -> list[str]:
+    one = results["likelihood"]
+    offsets = " | ".join(f"{value:.2f}" for value in one["by_offset"])
+    return [
+        f"Answers have {one['context']:.4f} nats a token by the context tower (perplexity {one['perplexity']:.3f}), "
+        f"at most {one['denoiser_bound']:.4f} by the denoiser in blocks.",
+        "",
+        "Cross-entropy of wholly masked blocks by place:",
+        "",
+        f"| {' | '.join(str(i) for i in range(len(one['by_offset'])))} |",
+        "|" + "---|" * len(one["by_offset"]),
+        f"| {offsets} |",
+    ]
+
+
+def _sweep(title: str, column: str, scores: Results) -> list[str]:
+    if not scores:
+        return []
+    lines = ["", f"{title}:", "", f"| {column} | right | | tokens per pass |", "|---|---|---|---|"]
+    return lines + [
+        f"| {value} | {one['right']} of {one['problems']} | {one['accuracy']:.1%} | {one['tokens_per_pass']:.2f} |"
+        for value, one in scores.items()
+    ]
+
+
+def draw(results: Results, folder: Path) -> None:
+    """quality.png, steps_per_block.png and unmasking.png."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    scores = results["thresholds"]
+    axes.plot([s["tokens_per_pass"] for s in scores.values()], [s["accuracy"] for s in scores.values()], "o-")
+    for value, one in scores.items():
+        axes.annotate(value, (one["tokens_per_pass"], one["accuracy"]), textcoords="offset points", xytext=(4, 4))
+    axes.axhline(results["chosen_on"]["ar"]["accuracy"], linestyle="--", color="gray", label="AR")
+    axes.set(xlabel="tokens per denoiser pass", ylabel="right answers", title="quality against speed, by threshold")
+    axes.legend()
+    figure.savefig(folder / "quality.png", dpi=110)
+
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes, blocks = figure.subplots(), results["reported"][f"threshold {results['chosen']}"]["steps_per_block"]
+    axes.bar(list(blocks), list(blocks.values()))
+    axes.set(
+        xlabel="denoiser passes, at most", ylabel="blocks", title=f"steps per block, threshold {results['chosen']}"
+    )
+    figure.savefig(folder / "steps_per_block.png", dpi=110)
+
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(results["unmasking"], aspect="auto", origin="lower", vmin=0, vmax=1)
+    axes.set(xlabel="place in the block", ylabel="pass", title="share of blocks that commit a place in a pass")
+    figure.colorbar(image)
+    figure.savefig(folder / "unmasking.png", dpi=110)

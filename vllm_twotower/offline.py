@@ -1,0 +1,54 @@
+"""Offline generation with a TwoTower engine, its passes counted."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+@dataclass
+class Answers:
+    """Texts of some requests, their tokens, the tower passes that made them, and the seconds it took."""
+
+    texts: list[str]
+    tokens: int
+    passes: int
+    seconds: float
+
+
+def fastest_dtype() -> str:
+    """bf16 where the machine has instructions for it, else fp32; not every CPU has."""
+    import torch
+
+    if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+        return "bfloat16"
+    return "float32"
+
+
+def generate(llm: LLM, prompts: list[str], max_tokens: int, options: dict, ignore_eos: bool = False) -> Answers:
+    """Answers to all prompts, submitted at once, greedily; the engine must keep statistics."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=ignore_eos, extra_args=options)
+    is_ar = options.get("diffusion_mode") == "ar"
+    passes = tower_passes(llm, is_ar)
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    completions = [output.outputs[0] for output in outputs]
+    return Answers(
+        [completion.text for completion in completions],
+        sum(len(completion.token_ids) for completion in completions),
+        tower_passes(llm, is_ar) - passes,
+        seconds,
+    )
+
+
+def tower_passes(llm: LLM, is_ar: bool) -> int:
+    """Passes of all requests so far: of the denoiser, or for autoregressive ones of the context tower."""
+    name = "vllm:twotower_num_context_passes" if is_ar else "vllm:diffusion_num_denoising_steps"
+    return sum(m.value for m in llm.get_metrics() if m.name == name)
