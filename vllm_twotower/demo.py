@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         total = generate(llm, prompts, args.max_tokens, options)
         per_pass, per_second = total.tokens / total.passes, total.tokens / total.seconds
         print(f"{title:16}{total.tokens:8}{total.passes:8}{per_pass:13.2f}{per_second:10.0f}")
+    llm.llm_engine.engine_core.shutdown()  # or vLLM warns that its process ended
 
 
 def heldout_prompts(model: Path, count: int = 6) -> list[str]:
