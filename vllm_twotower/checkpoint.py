@@ -227,15 +227,29 @@ class WeightCheck:
             raise CheckpointError(f"missing in the TwoTower checkpoint: {', '.join(names[:8])}{more}")
 
 
-def read_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields ``(name, tensor)`` from all safetensors files of a folder (one file or many shards), one at a time."""
+def _shards(folder: str | Path) -> Iterator[safe_open]:
+    """The opened safetensors files of a folder, one after the other (one file or many shards)."""
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} holds no *.safetensors file")
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield name, tensors.get_tensor(name)
+            yield tensors
+
+
+def read_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields ``(name, tensor)`` from all safetensors files of a folder, one at a time."""
+    for tensors in _shards(folder):
+        for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+            yield name, tensors.get_tensor(name)
+
+
+def tensor_headers(folder: str | Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of every tensor of a folder's safetensors files, read from their headers alone."""
+    for tensors in _shards(folder):
+        for name in tensors.keys():  # noqa: SIM118
+            one = tensors.get_slice(name)
+            yield name, tuple(one.get_shape()), one.get_dtype()
 
 
 def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from vllm_twotower import __version__, conversion, demo, inspection
-from vllm_twotower.evaluation import cli as evaluation
-from vllm_twotower.planning import cli as planning
-from vllm_twotower.training import cli as training
+from vllm_twotower import __version__
 
 COMMANDS = {
-    "demo": ("generate with the tiny model, by mask diffusion and token by token", demo),
-    "init": ("make a TwoTower checkpoint from a Nemotron-H one", conversion),
-    "inspect": ("say what a checkpoint holds, and the memory it needs", inspection),
-    "plan": ("predict speed and memory on given hardware", planning),
-    "eval": ("accuracy and speed on held-out problems, sweeps, likelihoods", evaluation),
-    "train": ("train a TwoTower from a YAML file", training),
+    "demo": ("generate with the tiny model, by mask diffusion and token by token", "demo"),
+    "init": ("make a TwoTower checkpoint from a Nemotron-H one", "conversion"),
+    "inspect": ("say what a checkpoint holds, and the memory it needs", "inspection"),
+    "plan": ("predict speed and memory on given hardware", "planning.cli"),
+    "eval": ("accuracy and speed on held-out problems, sweeps, likelihoods", "evaluation.cli"),
+    "train": ("train a TwoTower from a YAML file", "training.cli"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one sub-command; each is a module with ``add_arguments(parser)`` and ``run(args)``."""
+    """Runs one sub-command, a module with ``add_arguments(parser)`` and ``run(args)``; no other one is imported."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="vllm-twotower", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for name, (help_text, module) in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, description=module.__doc__)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+    for name, (help_text, module_name) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text)
+        if name in argv:
+            module = import_module(f"vllm_twotower.{module_name}")
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
     args.run(args)
 

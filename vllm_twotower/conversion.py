@@ -26,6 +26,7 @@ from vllm_twotower.checkpoint import (
     TwoTowerConfig,
     WeightCheck,
     layer_pattern,
+    tensor_headers,
     tensor_shapes,
 )
 
@@ -116,7 +117,7 @@ def _write_shards(files: list[Path], folder: Path, config: TwoTowerConfig, seed:
     """Two shards for each of the source's, one a tower, and one with the time conditioning."""
     check, weight_map, total, count = WeightCheck(config), {}, 0, 2 * len(files) + 1
     towers = (("context_tower.", "context_lm_head."), ("denoiser_tower.", "lm_head."))
-    tied_head = not any("lm_head.weight" in _names(file) for file in files)
+    tied_head = not any(name == "lm_head.weight" for name, _, _ in tensor_headers(files[0].parent))
     dtype = torch.bfloat16
 
     def write(number: int, tensors: dict[str, Tensor]) -> None:
@@ -142,11 +143,6 @@ def _write_shards(files: list[Path], folder: Path, config: TwoTowerConfig, seed:
     check.finish()
     index_content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index_content, indent=2) + "\n")
-
-
-def _names(file: Path) -> set[str]:
-    with safe_open(file, framework="pt") as tensors:
-        return set(tensors.keys())
 
 
 def _tower_tensors(file: Path, tied_head: bool) -> Iterator[tuple[str, Tensor]]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vllm_twotower.offline import fastest_dtype, generate
+from vllm_twotower.offline import generate, small_engine
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 DEFAULT_MODEL = Path("models/tiny-twotower")
 
@@ -28,20 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command: prints prompt, text, tokens per denoiser pass and tokens/s."""
     prompts = args.prompts or heldout_prompts(args.model)
-    # A tiny model gains nothing from more threads, and loses much where the cores are shared.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm import LLM
+    with small_engine(args.model, max_num_seqs=16, kv_cache_memory_bytes=128 << 20) as llm:
+        _show(llm, prompts, args)
 
-    llm = LLM(
-        model=str(args.model),
-        dtype=fastest_dtype(),
-        max_model_len=1024,
-        max_num_seqs=16,
-        kv_cache_memory_bytes=128 << 20,
-        disable_log_stats=False,
-    )
+
+def _show(llm: LLM, prompts: list[str], args: argparse.Namespace) -> None:
     diffusion = {"diffusion_confidence_threshold": args.confidence_threshold}
     for options in (diffusion, {"diffusion_mode": "ar"}):
         generate(llm, prompts[:1], args.max_tokens, options)  # the first request pays for lazy initialisation
@@ -58,7 +52,6 @@ def run(args: argparse.Namespace) -> None:
         total = generate(llm, prompts, args.max_tokens, options)
         per_pass, per_second = total.tokens / total.passes, total.tokens / total.seconds
         print(f"{title:16}{total.tokens:8}{total.passes:8}{per_pass:13.2f}{per_second:10.0f}")
-    llm.llm_engine.engine_core.shutdown()  # or vLLM warns that its process ended
 
 
 def heldout_prompts(model: Path, count: int = 6) -> list[str]:

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
-from safetensors import safe_open
-
-from vllm_twotower.checkpoint import CheckpointError, TwoTowerConfig, tensor_shapes
+from vllm_twotower.checkpoint import CheckpointError, TwoTowerConfig, tensor_headers, tensor_shapes
 from vllm_twotower.planning.model_size import ModelSize
 
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
@@ -35,18 +33,6 @@ def run(args: argparse.Namespace) -> None:
     if faults := layout_faults(config, {name: shape for name, (shape, _) in found.items()}):
         raise SystemExit("\n".join(("", "This is no complete TwoTower checkpoint:", *faults)))
     print("\nEvery tensor of the TwoTower layout is there, and no other.")
-
-
-def tensor_headers(folder: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and dtype of every tensor of a folder's safetensors files, read from their headers alone."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} holds no *.safetensors file")
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                one = tensors.get_slice(name)
-                yield name, tuple(one.get_shape()), one.get_dtype()
 
 
 def layout_faults(config: TwoTowerConfig, found: dict[str, tuple[int, ...]]) -> list[str]:

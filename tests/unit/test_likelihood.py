@@ -12,6 +12,7 @@ from vllm_twotower.checkpoint import TwoTowerConfig
 from vllm_twotower.evaluation.answers import Score, held_out_problems
 from vllm_twotower.evaluation.cli import choose_threshold
 from vllm_twotower.evaluation.likelihood import likelihood, unmasking_order
+from vllm_twotower.evaluation.report import draw, markdown
 from vllm_twotower.reference import TwoTowerModel
 from vllm_twotower.training.initialise import initialise
 
@@ -98,3 +99,19 @@ def test_the_order_of_unmasking_covers_every_place():
     assert len(order) == 4  # one token a pass
     assert [sum(passes) for passes in order] == pytest.approx([1] * 4)
     assert [sum(column) for column in zip(*order, strict=True)] == pytest.approx([1] * 4)
+
+
+@pytest.mark.parametrize("chosen", [0.8, 1.0])
+def test_a_report_for_any_threshold(tmp_path, chosen: float):
+    entry = {"right": 3, "problems": 4, "accuracy": 0.75, "tokens_per_pass": 2.0, "steps_per_block": {"2.0": 5}}
+    entry["right_by_family"] = {"addition": (3, 4)}
+    results = {
+        "model": "a-model", "dtype": "float32", "problems": 4, "max_tokens": 8, "chosen": chosen, "unmasking": [[1.0]],
+        "chosen_on": {"ar": entry}, "thresholds": {f"{chosen:g}": entry}, "steps": {}, "widths": {},
+        "reported": {"ar": entry, f"threshold {chosen:g}": entry, "threshold 1": entry},
+        "speed": {"ar": 2.0, f"threshold {chosen:g}": 5.0},
+        "likelihood": {"context": 0.1, "perplexity": 1.1, "denoiser_bound": 0.2, "by_offset": [0.5]},
+    }  # fmt: skip
+    assert f"| threshold {chosen:g} | 3 of 4 | 75.0% | 100.0% | 2.00 | 5 | 2.50 |" in markdown(results)
+    draw(results, tmp_path)
+    assert (tmp_path / "steps_per_block.png").stat().st_size > 1000

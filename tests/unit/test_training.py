@@ -36,7 +36,6 @@ from vllm_twotower.training.data import (
     step_rng,
 )
 from vllm_twotower.training.initialise import start_denoiser_from_context, tie_towers
-from vllm_twotower.training.library_text import draw_piece, library_prose, library_sources
 from vllm_twotower.training.objective import ar_loss, weighted_cross_entropy
 from vllm_twotower.training.problems import (
     FAMILIES,
@@ -47,6 +46,7 @@ from vllm_twotower.training.problems import (
     stated_result,
 )
 from vllm_twotower.training.stages import ar_stage, denoiser_stage, new_model, prepare_tokenizer
+from vllm_twotower.training.stdlib_text import draw_piece, library_prose, library_sources
 from vllm_twotower.training.tokenizer import BOS_ID, EOS_ID, MASK_ID
 from vllm_twotower.training.trainer import learning_rate, load_checkpoint, run_stage
 

@@ -26,14 +26,15 @@ _IMPOSSIBLE = -1e11
 class RuledRows:
     """R rows of a pass that have rules, and their n tokens.
 
-    ``host_slots`` (R,) are on the host. On the device: ``slots`` (R,);
-    ``text`` (R, L), the requests' tokens; ``prompt_lens`` (R,) and ``starts`` (R,), the position of the first one
+    ``host_slots`` (R,) are on the host. On the device: ``slots`` (R,); ``of_pass`` (R,), which of the pass's rows they
+    are; ``text`` (R, L), the requests' tokens; ``prompt_lens`` (R,) and ``starts`` (R,), the position of the first one
     to predict; ``ahead`` (R, S), what stands from there on: decided tokens, ``UNDECIDED``, ``NOTHING``; and for each of
     the n tokens its ``row`` and ``column`` there, and its ``index`` among the pass's logits.
     """
 
     host_slots: np.ndarray
     slots: Tensor
+    of_pass: Tensor
     text: Tensor
     prompt_lens: Tensor
     starts: Tensor
@@ -52,10 +53,10 @@ class RuledRows:
 class RuleTable:
     """The rules of all requests by slot, and their application to many rows at once.
 
-    ``has_rules`` (slots,) on the host. A row of ``bias`` (n, V) fp32 is added to a request's logits, -inf for what is
-    never allowed; row 0 is zero, for those without. ``stop_ids`` (slots, k) are impossible before output position
-    ``min_tokens``. ``phrases`` (slots, p, L) are banned sequences of two and more tokens, at the right end, with
-    ``NOTHING`` before them. Tables grow when a request needs more than they have.
+    ``has_rules`` and ``has_phrases`` (slots,) are on the host. A row of ``bias`` (n, V) fp32 is added to a request's
+    logits, -inf for what is never allowed; row 0 is zero, for those without. ``stop_ids`` (slots, k) are impossible
+    before output position ``min_tokens``. ``phrases`` (slots, p, L) are banned sequences of two and more tokens, at the
+    right end, with ``NOTHING`` before them. Tables grow when a request needs more than they have.
     """
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device):
@@ -63,7 +64,7 @@ class RuleTable:
         self.has_rules = np.zeros(num_slots, dtype=bool)
         self._has_stop_ids = np.zeros(num_slots, dtype=bool)
         self._penalises = np.zeros(num_slots, dtype=bool)
-        self._has_phrases = np.zeros(num_slots, dtype=bool)
+        self.has_phrases = np.zeros(num_slots, dtype=bool)
         self._bias_row = np.zeros(num_slots, dtype=np.int64)
         self._bias = torch.zeros(1, vocab_size, device=device)
         self._bias_row_of_slot = torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -79,7 +80,7 @@ class RuleTable:
         stop_ids = sorted(params.all_stop_token_ids) if params.min_tokens else []
         penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         self._has_stop_ids[slot] = bool(stop_ids)
-        self._has_phrases[slot] = bool(phrases)
+        self.has_phrases[slot] = bool(phrases)
         self._penalises[slot] = penalties != (1, 0, 0)
         self._set_bias(slot, params, [word[0] for word in words if len(word) == 1])
         self._min_tokens[slot] = params.min_tokens
@@ -93,7 +94,7 @@ class RuleTable:
         self._phrases[slot] = NOTHING
         for i, phrase in enumerate(phrases):
             self._phrases[slot, i, -len(phrase) :] = torch.tensor(phrase)
-        kinds = (self._has_stop_ids, self._has_phrases, self._penalises, self._bias_row)
+        kinds = (self._has_stop_ids, self.has_phrases, self._penalises, self._bias_row)
         self.has_rules[slot] = any(kind[slot] for kind in kinds)
 
     def _set_bias(self, slot: int, params: SamplingParams, banned: list[int]) -> None:
@@ -126,10 +127,12 @@ class RuleTable:
         if self._has_stop_ids[host_slots].any():
             output_position = (rows.starts - rows.prompt_lens)[rows.row] + rows.column
             too_early = output_position < self._min_tokens[slots][rows.row]
-            _forbid(logits, None, self._stop_ids[slots][rows.row], too_early[:, None])
+            stop_ids = self._stop_ids[slots][rows.row]
+            token = torch.arange(len(logits), device=logits.device)[:, None]
+            _forbid(logits, token.expand_as(stop_ids), stop_ids, too_early[:, None])
         if self._penalises[host_slots].any():
             self._penalise(logits, rows)
-        if self._has_phrases[host_slots].any():
+        if self.has_phrases[host_slots].any():
             self._forbid_completions(logits, rows)
         all_logits[rows.index] = torch.where(logits.amax(-1, keepdim=True) < _IMPOSSIBLE, free, logits)
 
@@ -165,8 +168,6 @@ class RuleTable:
         ``rows.ahead`` has the new tokens in it. Where they make up a banned phrase only the most confident of them
         stays, ``confidence`` (R, S) being theirs; the phrase is then completed by no later pass, see :meth:`apply`.
         """
-        if not self._has_phrases[rows.host_slots].any():
-            return new
         phrases, windows, place = self._windows(rows)
         row = torch.arange(len(new), device=new.device)[:, None, None, None]
         within = place.clamp(min=0)
@@ -199,13 +200,10 @@ def _at_least(table: Tensor, *sizes: int) -> Tensor:
     return F.pad(table, padding, value=NOTHING)
 
 
-def _forbid(logits: Tensor, index: Tensor | None, tokens: Tensor, where: Tensor) -> None:
-    """Makes ``tokens`` impossible in logits (n, V) where ``where`` says so, without asking the device how many.
+def _forbid(logits: Tensor, index: Tensor, tokens: Tensor, where: Tensor) -> None:
+    """Makes ``tokens`` impossible in the rows ``index`` of logits (n, V) where ``where`` says so.
 
-    ``index`` has the logits' row of each, of the same shape; without it ``tokens`` are (n, k).
+    Does not ask the device how many those are. ``index`` and ``tokens`` have the same shape.
     """
     change = torch.zeros(tokens.shape, device=logits.device).masked_fill(where & (tokens >= 0), -torch.inf)
-    if index is None:
-        logits.scatter_add_(1, tokens.clamp(min=0), change)
-    else:
-        logits.index_put_((index, tokens.clamp(min=0)), change, accumulate=True)
+    logits.index_put_((index, tokens.clamp(min=0)), change, accumulate=True)

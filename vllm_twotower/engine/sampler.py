@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Protocol
 
@@ -225,12 +225,12 @@ class TwoTowerSampler:
             xgrammar.apply_token_bitmask_inplace(of_grammar, bitmasks)
             logits[chosen] = of_grammar
         index, first = np.arange(len(rows)), np.zeros(len(rows), dtype=np.int64)
-        scored = self._scored_tokens(index, first, host_slots, logits)
+        rules = None
         if len(ruled := np.flatnonzero(table.rules.has_rules[host_slots])):
             ahead = torch.full((len(ruled), 1), UNDECIDED, device=device)
             ends, each = rows.seq_lens[ruled], index[: len(ruled)]
-            table.rules.apply(logits, self._ruled_rows(host_slots[ruled], ends, ahead, each, first[ruled], ruled))
-        self._score_processed(scored, logits)
+            rules = self._ruled_rows(host_slots, ruled, ends, ahead, each, first[ruled], ruled)
+        scored = self._apply_rules(rules, index, first, host_slots, logits)
         tokens = logits.argmax(-1)
         hot = np.flatnonzero(table.is_random[host_slots])
         if len(hot):
@@ -256,15 +256,15 @@ class TwoTowerSampler:
         table, rows, host_slots = self._table, blocks.rows, blocks.host_slots
         engine = table.engine
         suppress_mask_token(logits, engine.mask_token_id)
-        scored = self._scored_tokens(rows.row_of_token, rows.offsets, host_slots, logits)
-        if ruled := self._ruled_blocks(blocks, blocks.canvas.masked_fill(blocks.masked, UNDECIDED)):
-            table.rules.apply(logits, ruled)
-        self._score_processed(scored, logits)
+        ruled = self._ruled_blocks(blocks)
+        scored = self._apply_rules(ruled, rows.row_of_token, rows.offsets, host_slots, logits)
         denoised = self._predict(blocks, logits, scored)
         commit = self._commit(blocks, denoised)
         positions, canvas = commit.positions, torch.where(commit.positions, denoised.prediction, blocks.canvas)
-        if ruled:
-            positions = self._hold_back(blocks, denoised, positions, canvas)
+        if ruled is not None and table.rules.has_phrases[ruled.host_slots].any():
+            ahead = _ahead(blocks, canvas, blocks.masked & ~positions)[ruled.of_pass]
+            new, confidence = positions[ruled.of_pass], denoised.confidence[ruled.of_pass]
+            positions[ruled.of_pass] = table.rules.hold_back(new, confidence, replace(ruled, ahead=ahead))
             canvas = torch.where(positions, denoised.prediction, blocks.canvas)
         converged = ~(blocks.masked & ~positions).any(1)
         if scored is not None:
@@ -291,38 +291,51 @@ class TwoTowerSampler:
     def _ruled_rows(
         self,
         host_slots: np.ndarray,
+        ruled: np.ndarray,
         starts: np.ndarray,
         ahead: torch.Tensor,
         row: np.ndarray,
         column: np.ndarray,
         index: np.ndarray,
     ) -> RuledRows:
-        """Rows with rules; arguments as in :class:`RuledRows`, on the host but for ``ahead``."""
-        device = self._table.device
-        slots, starts_, row_, column_, index_ = (
-            async_tensor_h2d(array, device=device) for array in (host_slots, starts, row, column, index)
+        """The rows ``ruled`` of a pass over ``host_slots``; the others as in :class:`RuledRows`, arrays on the host."""
+        device, host_slots = self._table.device, host_slots[ruled]
+        slots, of_pass, starts_, row_, column_, index_ = (
+            async_tensor_h2d(array, device=device) for array in (host_slots, ruled, starts, row, column, index)
         )
         text = self.req_states.all_token_ids.gpu[:, : starts.max()][slots]
         prompt_lens = async_tensor_h2d(self.req_states.prompt_len.np[host_slots], device=device)
-        return RuledRows(host_slots, slots, text, prompt_lens, starts_, ahead, row_, column_, index_)
+        return RuledRows(host_slots, slots, of_pass, text, prompt_lens, starts_, ahead, row_, column_, index_)
 
-    def _ruled_blocks(self, blocks: Blocks, ahead: torch.Tensor) -> RuledRows | None:
-        """The blocks whose requests have rules, ``ahead`` (R, S) being what stands in all of them."""
+    def _ruled_blocks(self, blocks: Blocks) -> RuledRows | None:
+        """The blocks whose requests have rules."""
         ruled = np.flatnonzero(self._table.rules.has_rules[blocks.host_slots])
         if not len(ruled):
             return None
-        if blocks.places is not None:
-            columns = torch.arange(ahead.shape[1], device=ahead.device)
-            ahead = ahead.masked_fill(columns >= blocks.lengths[:, None], NOTHING)
-        some = blocks.rows.take(ruled)
+        some, ahead = blocks.rows.take(ruled), _ahead(blocks, blocks.canvas, blocks.masked)
         return self._ruled_rows(
-            blocks.host_slots[ruled],
+            blocks.host_slots,
+            ruled,
             some.starts,
             ahead[async_tensor_h2d(ruled, device=ahead.device)],
             some.row_of_token,
             some.offsets,
             some.spread(blocks.rows.query_start_loc[ruled]),
         )
+
+    def _apply_rules(
+        self,
+        ruled: RuledRows | None,
+        row_of_token: np.ndarray,
+        columns: np.ndarray,
+        host_slots: np.ndarray,
+        logits: torch.Tensor,
+    ) -> ScoredTokens | None:
+        """Applies the rules; returns the tokens to score, under logits before or after, as ``logprobs_mode`` says."""
+        scored = None if self._scores_processed else self._scored_tokens(row_of_token, columns, host_slots, logits)
+        if ruled is not None:
+            self._table.rules.apply(logits, ruled)
+        return self._scored_tokens(row_of_token, columns, host_slots, logits) if self._scores_processed else scored
 
     def _scored_tokens(
         self, row_of_token: np.ndarray, columns: np.ndarray, host_slots: np.ndarray, logits: torch.Tensor
@@ -335,12 +348,10 @@ class TwoTowerSampler:
         of_index = logits[async_tensor_h2d(index, device=logits.device)]
         return ScoredTokens(index, slots[index], columns[index], of_index)
 
-    def _score_processed(
-        self, scored: ScoredTokens | None, logits: torch.Tensor, index: np.ndarray | None = None
-    ) -> None:
-        """Scores all tokens of a pass, or those at ``index``, under changed logits, if ``logprobs_mode`` says so."""
+    def _score_processed(self, scored: ScoredTokens | None, logits: torch.Tensor, index: np.ndarray) -> None:
+        """Scores a pass's tokens at ``index`` under other logits, those they are drawn from, if these are asked for."""
         if scored is not None and self._scores_processed:
-            scored.replace(np.arange(len(logits)) if index is None else index, logits)
+            scored.replace(index, logits)
 
     def _shape(self, logits: torch.Tensor, options: RowOptions, host_slots: np.ndarray) -> torch.Tensor:
         """Tempered and filtered logits of rows with a temperature; ``host_slots`` are theirs."""
@@ -392,14 +403,14 @@ class TwoTowerSampler:
         is_last = result.step >= blocks.options.max_steps - 1
         return Commit((result.positions | is_last[:, None]) & blocks.masked, result.step)
 
-    def _hold_back(
-        self, blocks: Blocks, denoised: DenoiserPass, positions: torch.Tensor, canvas: torch.Tensor
-    ) -> torch.Tensor:
-        """The positions (R, S) without those whose tokens would make up a request's banned phrase in the canvas."""
-        ruled = self._ruled_blocks(blocks, canvas.masked_fill(blocks.masked & ~positions, UNDECIDED))
-        rows = async_tensor_h2d(np.flatnonzero(self._table.rules.has_rules[blocks.host_slots]), device=positions.device)
-        positions[rows] = self._table.rules.hold_back(positions[rows], denoised.confidence[rows], ruled)
-        return positions
+
+def _ahead(blocks: Blocks, canvas: torch.Tensor, undecided: torch.Tensor) -> torch.Tensor:
+    """What stands in the blocks (R, S), as :class:`RuledRows` has it."""
+    ahead = canvas.masked_fill(undecided, UNDECIDED)
+    if blocks.places is not None:
+        columns = torch.arange(ahead.shape[1], device=ahead.device)
+        ahead = ahead.masked_fill(columns >= blocks.lengths[:, None], NOTHING)
+    return ahead
 
 
 def _tiles(total: int, size: int) -> Iterator[slice]:

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_twotower.evaluation.answers import AR, Score, held_out_problems, score, speeds
 from vllm_twotower.evaluation.report import draw, markdown
-from vllm_twotower.offline import fastest_dtype
-
-if TYPE_CHECKING:
-    from vllm import LLM
+from vllm_twotower.offline import fastest_dtype, small_engine
 
 RETENTION = 0.987  # the paper's
 
@@ -42,9 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     to_choose, to_report = held_out_problems(args.problems, args.seed)
     results: dict[str, Any] = {
         "model": args.model.name,
@@ -72,7 +65,8 @@ def choose_threshold(ar: Score, scores: dict[float, Score]) -> float:
 
 def _generated(args: argparse.Namespace, to_choose: list, to_report: list) -> dict[str, Any]:
     """What comes from the engine."""
-    with _engine(args) as llm:
+    engine = {"dtype": args.dtype, "max_num_seqs": args.max_num_seqs, "kv_cache_memory_bytes": 512 << 20}
+    with small_engine(args.model, **engine) as llm:
         ar = score(llm, to_choose, args.max_tokens, AR)
         thresholds = {t: score(llm, to_choose, args.max_tokens, _threshold(t)) for t in args.thresholds}
         chosen = choose_threshold(ar, thresholds)
@@ -87,7 +81,7 @@ def _generated(args: argparse.Namespace, to_choose: list, to_report: list) -> di
         speed = speeds(llm, asked, args.max_tokens, {"ar": AR, name: _threshold(chosen)}, args.rounds)
     widths = {}
     if args.widths:
-        with _engine(args, canvas_length=max(args.widths)) as llm:
+        with small_engine(args.model, diffusion_config={"canvas_length": max(args.widths)}, **engine) as llm:
             for width in args.widths:
                 options = _threshold(chosen) | {"diffusion_canvas_length": width, "diffusion_max_steps": width}
                 widths[width] = score(llm, to_report, args.max_tokens, options)
@@ -100,31 +94,6 @@ def _generated(args: argparse.Namespace, to_choose: list, to_report: list) -> di
         "widths": {str(width): _entry(one) for width, one in widths.items()},
         "speed": speed,
     }
-
-
-class _engine:
-    """An engine that ends with the block."""
-
-    def __init__(self, args: argparse.Namespace, canvas_length: int | None = None):
-        diffusion = {} if canvas_length is None else {"diffusion_config": {"canvas_length": canvas_length}}
-        self._options = {
-            "model": str(args.model),
-            "dtype": args.dtype,
-            "max_model_len": 1024,
-            "max_num_seqs": args.max_num_seqs,
-            "kv_cache_memory_bytes": 512 << 20,
-            "disable_log_stats": False,
-            **diffusion,
-        }
-
-    def __enter__(self) -> LLM:
-        from vllm import LLM
-
-        self._llm = LLM(**self._options)
-        return self._llm
-
-    def __exit__(self, *_: object) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
 
 
 def _threshold(value: float) -> dict[str, Any]:

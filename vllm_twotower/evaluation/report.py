@@ -96,7 +96,7 @@ def draw(results: Results, folder: Path) -> None:
     figure.savefig(folder / "quality.png", dpi=110)
 
     figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes, blocks = figure.subplots(), results["reported"][f"threshold {results['chosen']}"]["steps_per_block"]
+    axes, blocks = figure.subplots(), results["reported"][f"threshold {results['chosen']:g}"]["steps_per_block"]
     axes.bar(list(blocks), list(blocks.values()))
     axes.set(
         xlabel="denoiser passes, at most", ylabel="blocks", title=f"steps per block, threshold {results['chosen']}"

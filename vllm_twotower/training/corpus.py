@@ -20,8 +20,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from vllm_twotower.training.config import DataConfig, SourceConfig, SpecialTokens, TrainConfigError
-from vllm_twotower.training.library_text import draw_piece, library_prose, library_sources
 from vllm_twotower.training.problems import draw_training_problem
+from vllm_twotower.training.stdlib_text import draw_piece, library_prose, library_sources
 
 Text = tuple[str, str]
 """(prompt, answer); text without a prompt is all answer."""

@@ -73,13 +73,13 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def mean_over_ranks(value: torch.Tensor) -> float:
-    """The mean of a scalar over the ranks."""
-    if dist.is_initialized():
-        value = value.detach().clone()
-        dist.all_reduce(value)
-        value /= world_size()
-    return value.item()
+def mean_over_ranks(value: float) -> float:
+    """The mean of a number over the ranks."""
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(value, device=device())
+    dist.all_reduce(total)
+    return total.item() / world_size()
 
 
 def run_on_ray(function: Callable[[], None], num_workers: int) -> None:

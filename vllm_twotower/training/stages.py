@@ -66,7 +66,6 @@ def train(config: TrainConfig, run_dir: Path) -> None:
     """Runs what is left of the stages."""
     corpus = prepare(config, run_dir)
     model = new_model(config)
-    is_new = not any((run_dir / f"{stage}.pt").exists() for stage in (AR, DENOISER))
     if config.denoiser.tied_towers:
         tie_towers(model)
     model.to(device())
@@ -74,7 +73,7 @@ def train(config: TrainConfig, run_dir: Path) -> None:
         shard(model)
     if config.ar is not None:
         run_stage(model, ar_stage(model, config, corpus), config, run_dir)
-        is_new = not (run_dir / f"{DENOISER}.pt").exists()
+    is_new = not (run_dir / f"{DENOISER}.pt").exists()
     if is_new and not config.init_from and not config.denoiser.tied_towers:
         start_denoiser_from_context(model)
     run_stage(model, denoiser_stage(model, config, corpus), config, run_dir)

@@ -87,7 +87,7 @@ def run_stage(model: TwoTowerModel, stage: Stage, config: TrainConfig, run_dir: 
                     )
                 _log(run_dir, stage, progress, recent)
                 recent = []
-            if mean_over_ranks(torch.tensor(time.monotonic() - saved)) > 60 * config.checkpoint_minutes or is_last:
+            if mean_over_ranks(time.monotonic() - saved) > 60 * config.checkpoint_minutes or is_last:
                 save_checkpoint(checkpoint, model, optimizer, progress)
                 saved = time.monotonic()
     model.eval()
@@ -186,7 +186,7 @@ def _train_step(
     norm = full(nn.utils.clip_grad_norm_(list(_parameters(stage)), stage.config.clip_norm))
     optimizer.step()
     optimizer.zero_grad()
-    return mean_over_ranks(total), norm.item()
+    return mean_over_ranks(total.item()), norm.item()
 
 
 def _log(run_dir: Path, stage: Stage, progress: Progress, recent: list[tuple[float, float]]) -> None:
