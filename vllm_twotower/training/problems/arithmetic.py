@@ -6,12 +6,12 @@ from .base import NAMES, Drawn, Family, Template
 
 
 def _addition(rng: random.Random) -> Drawn:
-    a, b = rng.randint(2, 150), rng.randint(2, 150)
+    a, b = rng.randint(2, 99), rng.randint(2, 99)
     return (a, b), {"a": a, "b": b, "c": a + b}
 
 
 def _subtraction(rng: random.Random) -> Drawn:
-    a = rng.randint(4, 200)
+    a = rng.randint(4, 150)
     b = rng.randint(2, a - 1)
     return (a, b), {"a": a, "b": b, "c": a - b}
 
@@ -34,7 +34,7 @@ def _shopping(rng: random.Random) -> Drawn:
 
 
 def _comparison(rng: random.Random) -> Drawn:
-    a, b = rng.sample(range(2, 200), 2)
+    a, b = rng.sample(range(10, 100), 2)
     (name, _), (friend, _) = rng.sample(NAMES, 2)
     fields = {"a": a, "b": b, "name": name, "friend": friend, "more": max(a, b), "less": min(a, b), "c": abs(a - b)}
     fields["richer"], fields["poorer"] = (name, friend) if a > b else (friend, name)
