@@ -52,22 +52,6 @@ def runner(llm: LLM) -> Any:
     return core(llm).model_executor.driver_worker.worker.model_runner
 
 
-def diffusion_params(run: DiffusionRun, **overrides: Any) -> SamplingParams:
-    """The sampling parameters that ask for a golden run."""
-    options = {
-        "temperature": 0,
-        "max_tokens": run.max_new_tokens,
-        "ignore_eos": True,
-        "stop_token_ids": None if run.eos_token_id is None else [run.eos_token_id],
-        "extra_args": {
-            "diffusion_confidence_threshold": run.gamma,
-            "diffusion_max_steps": run.steps,
-            "diffusion_canvas_length": run.block_size,
-        },
-    }
-    return SamplingParams(**{**options, **overrides})
-
-
 def generate(
     llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], **options: Any
 ) -> list[RequestOutput]:
@@ -88,7 +72,7 @@ def tokens_of(outputs: Sequence[RequestOutput]) -> list[tuple[int, ...]]:
 
 def run_all(llm: LLM, runs: Sequence[DiffusionRun]) -> list[tuple[int, ...]]:
     """The tokens of golden runs, submitted all at once."""
-    return tokens_of(generate(llm, [run.prompt for run in runs], [diffusion_params(run) for run in runs]))
+    return tokens_of(generate(llm, [run.prompt for run in runs], [run.params() for run in runs]))
 
 
 def assert_idle(llm: LLM) -> None:

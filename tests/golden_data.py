@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from vllm import SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINTS = ("A", "B", "C")
@@ -33,6 +34,21 @@ class DiffusionRun:
     nfe: int
     blocks: tuple[tuple[tuple[float, tuple[int, ...], tuple[int, ...]], ...], ...]
     """For every block every denoiser pass: t, canvas before, canvas after; empty where the record has no steps."""
+
+    def params(self, **overrides: Any) -> SamplingParams:
+        """The sampling parameters that ask for it."""
+        options = {
+            "temperature": 0,
+            "max_tokens": self.max_new_tokens,
+            "ignore_eos": True,
+            "stop_token_ids": None if self.eos_token_id is None else [self.eos_token_id],
+            "extra_args": {
+                "diffusion_confidence_threshold": self.gamma,
+                "diffusion_max_steps": self.steps,
+                "diffusion_canvas_length": self.block_size,
+            },
+        }
+        return SamplingParams(**{**options, **overrides})
 
 
 def checkpoint(name: str) -> Path:

@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": ("say what a checkpoint holds, and the memory it needs", "inspection"),
     "plan": ("predict speed and memory on given hardware", "planning.cli"),
     "eval": ("accuracy and speed on held-out problems, sweeps, likelihoods", "evaluation.cli"),
+    "ray-up": ("start a local Ray cluster for tensor parallelism on CPUs", "ray_cluster"),
     "train": ("train a TwoTower from a YAML file", "training.cli"),
 }
 

@@ -9,9 +9,9 @@ from math import prod
 from pathlib import Path
 
 from vllm_twotower.checkpoint import CheckpointError, TwoTowerConfig, tensor_headers, tensor_shapes
+from vllm_twotower.parallel import TENSOR_PARALLEL_SIZES, tensor_parallel_obstacle
 from vllm_twotower.planning.model_size import ModelSize
 
-TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 _KINDS = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "MLP"}
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 
@@ -79,13 +79,12 @@ def describe(config: TwoTowerConfig, found: dict[str, tuple[tuple[int, ...], str
     dtype_bytes = _BYTES.get(dtypes.most_common(1)[0][0], 2) if dtypes else 2
     yield f"Memory      per GPU; a request of {context_len} tokens"
     for tensor_parallel_size in TENSOR_PARALLEL_SIZES:
-        try:
-            size = ModelSize.of(config, tensor_parallel_size, dtype_bytes, dtype_bytes, 4)
-        except ValueError as error:
-            yield f"            TP {tensor_parallel_size}: not possible, {error}"
-        else:
-            weights, request = size.weight_bytes, size.request_bytes(context_len)
-            yield f"            TP {tensor_parallel_size}: weights {_bytes(weights)}, request {_bytes(request)}"
+        if obstacle := tensor_parallel_obstacle(config, tensor_parallel_size):
+            yield f"            TP {tensor_parallel_size}: not possible, {obstacle}"
+            continue
+        size = ModelSize.of(config, tensor_parallel_size, dtype_bytes, dtype_bytes, 4)
+        weights, request = size.weight_bytes, size.request_bytes(context_len)
+        yield f"            TP {tensor_parallel_size}: weights {_bytes(weights)}, request {_bytes(request)}"
 
 
 def _part(name: str) -> str:

@@ -10,8 +10,10 @@ from typing import Any
 import golden_data
 import numpy as np
 import pytest
-from engines import assert_idle, diffusion_params, generate, run_all, runner, running_engine, tokens_of, traced
+from engines import assert_idle, generate, run_all, runner, running_engine, tokens_of, traced
 from vllm import LLM, SamplingParams
+
+from vllm_twotower.model.step_logits import OutputHead
 
 
 @dataclass
@@ -55,17 +57,8 @@ def test_all_at_once(served: Served) -> None:
 
 def test_small_tiles_of_logits(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two canvases' logits at a time, also for rows whose next token is drawn."""
-    model, heads = runner(served.llm).model, []
-    logits = model._logits
-
-    def counted(context, denoiser):
-        step = logits(context, denoiser)
-        for name in ("context_head", "denoiser_head"):
-            head = getattr(step, name)
-            setattr(step, name, lambda hidden, head=head: heads.append(len(hidden)) or head(hidden))
-        return step
-
-    monkeypatch.setattr(model, "_logits", counted)
+    model, heads, logits = runner(served.llm).model, [], OutputHead.__call__
+    monkeypatch.setattr(OutputHead, "__call__", lambda head, hidden: heads.append(len(hidden)) or logits(head, hidden))
     monkeypatch.setattr(model, "logit_tile", 33)
     runs = golden_data.diffusion_runs(served.name)
     assert run_all(served.llm, runs) == [run.tokens for run in runs]
@@ -87,7 +80,7 @@ def test_alone_with_every_step(served: Served) -> None:
     compared = 0
     for run in golden_data.diffusion_runs(served.name):
         with traced(served.llm) as trace:
-            [output] = generate(served.llm, [run.prompt], [diffusion_params(run)])
+            [output] = generate(served.llm, [run.prompt], [run.params()])
         assert tokens_of([output]) == [run.tokens]
         steps = trace.of(output)
         assert len(steps) == run.nfe
@@ -119,7 +112,7 @@ def test_modes_mixed_in_one_batch(served: Served) -> None:
     prompts, params, expected = [], [], []
     for run in runs:
         prompts.append(run.prompt)
-        params.append(diffusion_params(run))
+        params.append(run.params())
         expected.append(run.tokens)
     for prompt in golden_data.prompts(served.name):
         for record in prompt.get("eos_runs", ()):

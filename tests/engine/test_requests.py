@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import golden_data
 import pytest
-from engines import assert_idle, diffusion_params, generate, run_all, running_engine, tokens_of, traced
+from engines import assert_idle, generate, run_all, running_engine, tokens_of, traced
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
@@ -23,7 +23,7 @@ def llm() -> Iterator[LLM]:
 
 def one(llm: LLM, **overrides) -> object:
     """The completion of ``RUN`` with other sampling parameters."""
-    return generate(llm, [RUN.prompt], [diffusion_params(RUN, **overrides)])[0].outputs[0]
+    return generate(llm, [RUN.prompt], [RUN.params(**overrides)])[0].outputs[0]
 
 
 def first_seen(tokens: tuple[int, ...]) -> list[int]:
@@ -71,8 +71,7 @@ def test_seeded_draws_do_not_depend_on_the_batch(llm: LLM) -> None:
     """The same request gives the same tokens alone, in a batch, and in another order; another seed gives others."""
     prompts = [run.prompt for run in golden_data.diffusion_runs("A")]
     params = [
-        diffusion_params(
-            RUN,
+        RUN.params(
             temperature=0.5 + 0.1 * (i % 7),
             seed=i,
             top_p=(1.0, 0.9)[i % 2],
@@ -87,14 +86,12 @@ def test_seeded_draws_do_not_depend_on_the_batch(llm: LLM) -> None:
     assert together == backwards
     for i in range(0, len(prompts), 5):
         assert tokens_of(generate(llm, [prompts[i]], [params[i]])) == [together[i]]
-    same_prompt = tokens_of(
-        generate(llm, [prompts[0]] * 8, [diffusion_params(RUN, temperature=1, seed=i) for i in range(8)])
-    )
+    same_prompt = tokens_of(generate(llm, [prompts[0]] * 8, [RUN.params(temperature=1, seed=i) for i in range(8)]))
     assert len(set(same_prompt)) == 8
 
 
 def test_without_a_seed_draws_differ_from_run_to_run(llm: LLM) -> None:
-    params = diffusion_params(RUN, temperature=1.0)
+    params = RUN.params(temperature=1.0)
     outputs = [tokens_of(generate(llm, [RUN.prompt], [params]))[0] for _ in range(4)]
     assert len(set(outputs)) == 4
 
@@ -104,7 +101,7 @@ def test_a_low_temperature_is_greedy(llm: LLM) -> None:
 
 
 def test_several_completions(llm: LLM) -> None:
-    [output] = generate(llm, [RUN.prompt], [diffusion_params(RUN, temperature=1.0, seed=5, n=3)])
+    [output] = generate(llm, [RUN.prompt], [RUN.params(temperature=1.0, seed=5, n=3)])
     completions = [tuple(completion.token_ids) for completion in output.outputs]
     assert len(set(completions)) == 3
     assert all(len(tokens) == RUN.max_new_tokens for tokens in completions)
@@ -113,7 +110,7 @@ def test_several_completions(llm: LLM) -> None:
 def test_no_pass_after_the_last_token(llm: LLM) -> None:
     """A request that needs one block runs one block's passes."""
     with traced(llm) as trace:
-        [output] = generate(llm, [RUN.prompt], [diffusion_params(RUN, max_tokens=16)])
+        [output] = generate(llm, [RUN.prompt], [RUN.params(max_tokens=16)])
     assert len(trace.of(output)) == len(RUN.blocks[0])
 
 

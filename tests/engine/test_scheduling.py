@@ -8,7 +8,7 @@ from functools import cache
 
 import golden_data
 import pytest
-from engines import assert_idle, core, diffusion_params, generate, run_all, running_engine, tokens_of, traced
+from engines import assert_idle, core, generate, run_all, running_engine, tokens_of, traced
 from vllm import LLM, SamplingParams
 
 from vllm_twotower.reference import TwoTowerModel, generate_ar, generate_mask_diffusion
@@ -152,7 +152,7 @@ def test_one_mamba_state_a_request() -> None:
     with running_engine(CHECKPOINT) as llm:
         manager = core(llm).scheduler.kv_cache_manager
         engine = llm.llm_engine
-        engine.add_request("one", {"prompt_token_ids": list(run.prompt)}, diffusion_params(run))
+        engine.add_request("one", {"prompt_token_ids": list(run.prompt)}, run.params())
         engine.step()
         [request] = core(llm).scheduler.running
         groups = [len(ids) for ids in manager.get_block_ids(request.request_id)]

@@ -13,11 +13,12 @@ import pytest
 
 from vllm_twotower.checkpoint import TwoTowerConfig, tensor_shapes
 from vllm_twotower.cli import main
+from vllm_twotower.parallel import check_tensor_parallel_size
 from vllm_twotower.planning.cost_model import CostModel, Load
 from vllm_twotower.planning.fit import HardwareFit, work
 from vllm_twotower.planning.hardware import DEVICES, Hardware
 from vllm_twotower.planning.mode_choice import ModeChooser
-from vllm_twotower.planning.model_size import ModelSize, check_tensor_parallel_size
+from vllm_twotower.planning.model_size import ModelSize
 from vllm_twotower.planning.released import RELEASED_CONFIG
 from vllm_twotower.planning.simulator import Traffic, simulate
 from vllm_twotower.planning.steps_per_block import StepsPerBlock
@@ -25,6 +26,9 @@ from vllm_twotower.planning.steps_per_block import StepsPerBlock
 ROOT = Path(__file__).parents[2]
 RELEASED = TwoTowerConfig.from_dict(RELEASED_CONFIG)
 TINY = TwoTowerConfig.from_pretrained(ROOT / "models/tiny-twotower")
+THREES = replace(
+    TINY, n_groups=1, num_attention_heads=12, num_key_value_heads=12, mamba_num_heads=12, intermediate_size=768
+)
 MODES = ("ar", "mask_diffusion")
 
 # Released model in bf16 on an H200 (4.3 TB/s, 750 TFLOP/s) without context: open requests, AR step (ms), denoiser pass
@@ -97,7 +101,8 @@ def test_tensor_parallel_sizes_divide_all_but_what_is_replicated() -> None:
         (RELEASED, 3, r"3 and num_key_value_heads \(2\)"),
         (RELEASED, 16, r"16 does not divide n_groups \(8\)"),
         (RELEASED, 64, r"64 does not divide num_attention_heads \(32\)"),
-        (TINY, 4, r"4 does not divide n_groups \(2\)"),
+        (TINY, 4, r"4 does not divide n_groups \(2\); sizes that fit: 1, 2$"),
+        (THREES, 3, r"3 does not divide vocab_size \(1024\), padded to 1024; sizes that fit: 1, 2, 4"),
         (replace(RELEASED, n_groups=1), 32, r"32 does not divide .*shared_expert"),
     ],
 )
@@ -574,7 +579,11 @@ def test_plan_refuses_in_words(capsys: pytest.CaptureFixture[str], arguments: li
 @pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
-        ({}, ["--tensor-parallel-size", "16"], "--tensor-parallel-size: 16 does not divide n_groups (8); possible are"),
+        (
+            {},
+            ["--tensor-parallel-size", "16"],
+            "--tensor-parallel-size: 16 does not divide n_groups (8); sizes that fit: 1, 2, 4, 8",
+        ),
         ({"n_group": 4}, [], "--model: n_group is 4: a TwoTower checkpoint needs 1"),
     ],
 )

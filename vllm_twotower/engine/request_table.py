@@ -66,6 +66,12 @@ class RequestTable:
             }
         )
 
+    def needs_logits(self, slots: np.ndarray) -> np.ndarray:
+        """Which of the requests (n,) need whole rows of logits: all that are not greedy and plain."""
+        of_strategy = np.array(["margin" in strategy.needs for strategy in self.strategies])
+        needs = self.is_random[slots] | self.rules.has_rules[slots] | self.logprobs.has_logprobs[slots]
+        return needs | of_strategy[self.strategy[slots]]
+
     def add(self, slot: int, request_id: str, params: SamplingParams) -> None:
         """Starts a request in ``slot``, new or resumed, with an empty canvas.
 

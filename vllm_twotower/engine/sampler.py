@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
-from vllm_twotower.model.step_logits import StepLogits
+from vllm_twotower.model.step_logits import Best, OutputHead, StepLogits
 from vllm_twotower.planning.step_policy import AUTO_PASSES_PER_STEP, worth_a_context_pass
 from vllm_twotower.sampling.prediction import (
     draw,
@@ -125,10 +125,8 @@ class TwoTowerSampler:
         self._emit_committed(plan, output)
         if logits.context is not None:
             rows = split.context.take(split.next_token[split.context.batch_rows])
-            for part in _tiles(len(rows), logits.tile):
-                context = logits.context_head(logits.context[part]).float()
-                tokens = self._next_tokens(rows.take(part), context, output)
-                table.pending_tokens[self._device_slots(slots, rows.take(part)), 0] = tokens
+            for some, tokens in self._next_tokens(rows, logits.context, logits.context_head, logits.tile, output):
+                table.pending_tokens[self._device_slots(slots, rows.take(some)), 0] = tokens
         if len(split.mock_ar):
             self._mock_ar(plan, logits, output)
         if plan.blocks is not None:
@@ -150,14 +148,12 @@ class TwoTowerSampler:
 
     def _mock_ar(self, plan: StepPlan, logits: StepLogits, output: StepOutput) -> None:
         """The next tokens of ``mock_ar`` rows, whose newest tokens are the last the denoiser ran on."""
-        table, first = self._table, len(logits.denoiser) - len(plan.split.mock_ar)
-        for part in _tiles(len(plan.split.mock_ar), logits.tile):
-            rows = plan.split.mock_ar.take(part)
-            of_rows = slice(first + part.start, first + part.stop)
-            denoiser = logits.denoiser_head(logits.denoiser[of_rows]).float()
-            tokens = self._next_tokens(rows, denoiser, output)
-            device_slots = self._device_slots(output.slots, rows)
-            table.pending_tokens[device_slots, 0] = plan.canvas.input_ids[of_rows].long()
+        table, num_rows = self._table, len(plan.split.mock_ar)
+        hidden, input_ids = logits.denoiser[-num_rows:], plan.canvas.input_ids[-num_rows:].long()
+        rows = plan.split.mock_ar
+        for some, tokens in self._next_tokens(rows, hidden, logits.denoiser_head, logits.tile, output):
+            device_slots = self._device_slots(output.slots, rows.take(some))
+            table.pending_tokens[device_slots, 0] = input_ids[self._index(some)]
             table.canvas[device_slots, 0] = tokens
 
     def _fill(self, blocks: Blocks, split: RowSplit, logits: StepLogits, output: StepOutput) -> None:
@@ -192,15 +188,39 @@ class TwoTowerSampler:
         self, blocks: Blocks, hidden: torch.Tensor, logits: StepLogits, output: StepOutput
     ) -> np.ndarray:
         """One pass over the blocks, a tile of logits at a time; returns which (R,) are whole."""
-        if len(hidden) <= logits.tile:
-            return self._denoise(blocks, logits.denoiser_head(hidden).float(), output)
-        converged, bounds = [], blocks.rows.query_start_loc
-        for part in _tiles(len(blocks), max(1, logits.tile // self._table.engine.canvas_length)):
-            some = self._blocks(blocks.rows.take(part), blocks.host_slots[part])
-            of_tile = logits.denoiser_head(hidden[bounds[part.start] : bounds[part.stop]]).float()
-            converged.append(self._denoise(some, of_tile, output))
-        blocks.load(self._table)
-        return np.concatenate(converged)
+        head, never = logits.denoiser_head, self._table.engine.mask_token_id
+        parts = list(self._parts(head, blocks.host_slots, max(1, logits.tile // self._table.engine.canvas_length)))
+        converged = np.zeros(len(blocks), dtype=bool)
+        for some, whole_rows in parts:
+            part, of_part = blocks, hidden
+            if len(parts) > 1:
+                part = self._blocks(blocks.rows.take(some), blocks.host_slots[some])
+                of_part = hidden[self._index(part.rows.spread(blocks.rows.query_start_loc[some]))]
+            scores = head(of_part).float() if whole_rows else head.best(of_part, never)
+            converged[some] = self._denoise(part, scores, output)
+        if len(parts) > 1:
+            blocks.load(self._table)
+        return converged
+
+    def _parts(
+        self, head: OutputHead, slots: np.ndarray, size: int, has_grammar: np.ndarray | bool = False
+    ) -> Iterator[tuple[np.ndarray, bool]]:
+        """The rows of requests (n,) that are scored together, at most ``size`` with whole rows of logits.
+
+        All have these with one rank. Where the vocabulary is sharded, only requests that need them do.
+        """
+        if head.is_sharded:
+            needs_logits = self._table.needs_logits(slots) | has_grammar
+        else:
+            needs_logits = np.ones(len(slots), dtype=bool)
+        if len(some := np.flatnonzero(~needs_logits)):
+            yield some, False
+        whole = np.flatnonzero(needs_logits)
+        for start in range(0, len(whole), size):
+            yield whole[start : start + size], True
+
+    def _index(self, rows: np.ndarray) -> torch.Tensor:
+        return async_tensor_h2d(rows, device=self._table.device)
 
     def _emit_committed(self, plan: StepPlan, output: StepOutput) -> None:
         """Returns the pending tokens of rows that emit when they commit, and forgets what was committed."""
@@ -213,8 +233,22 @@ class TwoTowerSampler:
         table.read[slots] = np.where(left > 0, table.read[slots] + table.pending[slots] - left, 0)
         table.pending[slots] = left
 
-    def _next_tokens(self, rows: TowerRows, logits: torch.Tensor, output: StepOutput) -> torch.Tensor:
-        """Chooses and returns the next token (A,) of autoregressive rows from fp32 logits (A, V)."""
+    def _next_tokens(
+        self, rows: TowerRows, hidden: torch.Tensor, head: OutputHead, tile: int, output: StepOutput
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Chooses and returns the next tokens of autoregressive rows from hidden states (A, H): rows and tokens."""
+        slots = output.slots[rows.batch_rows]
+        for some, whole_rows in self._parts(head, slots, tile, output.grammar[rows.batch_rows] >= 0):
+            is_all = len(some) == len(rows)
+            part, of_part = (rows, hidden) if is_all else (rows.take(some), hidden[self._index(some)])
+            tokens = self._choose(part, head(of_part).float(), output) if whole_rows else head.best(of_part).tokens
+            output.tokens[self._index(part.batch_rows), 0] = tokens
+            output.num_sampled[part.batch_rows] = 1
+            self._table.pending[slots[some]] = 1
+            yield some, tokens
+
+    def _choose(self, rows: TowerRows, logits: torch.Tensor, output: StepOutput) -> torch.Tensor:
+        """The next token (A,) of autoregressive rows from fp32 logits (A, V)."""
         table, device = self._table, logits.device
         host_slots, batch_rows = output.slots[rows.batch_rows], rows.batch_rows
         grammar = output.grammar[batch_rows]
@@ -243,22 +277,23 @@ class TwoTowerSampler:
             self._score_processed(scored, shaped, hot)
         if scored is not None:
             table.logprobs.record(scored, torch.ones_like(tokens, dtype=torch.bool), tokens, self._scores_as_logits)
-        output.tokens[async_tensor_h2d(batch_rows, device=device), 0] = tokens
-        output.num_sampled[batch_rows] = 1
-        table.pending[host_slots] = 1
         return tokens
 
-    def _denoise(self, blocks: Blocks, logits: torch.Tensor, output: StepOutput) -> np.ndarray:
-        """One denoising step of blocks from fp32 logits (T, V) of one pass; returns which (R,) are whole now.
+    def _denoise(self, blocks: Blocks, scores: torch.Tensor | Best, output: StepOutput) -> np.ndarray:
+        """One denoising step of blocks; returns which (R,) are whole now.
+
+        ``scores`` are a pass's fp32 logits (T, V), or what is most probable where nothing else is asked for.
 
         A whole block becomes pending, and is returned at once unless it must be committed first.
         """
         table, rows, host_slots = self._table, blocks.rows, blocks.host_slots
         engine = table.engine
-        suppress_mask_token(logits, engine.mask_token_id)
-        ruled = self._ruled_blocks(blocks)
-        scored = self._apply_rules(ruled, rows.row_of_token, rows.offsets, host_slots, logits)
-        denoised = self._predict(blocks, logits, scored)
+        ruled = scored = None
+        if not isinstance(scores, Best):
+            suppress_mask_token(scores, engine.mask_token_id)
+            ruled = self._ruled_blocks(blocks)
+            scored = self._apply_rules(ruled, rows.row_of_token, rows.offsets, host_slots, scores)
+        denoised = self._predict(blocks, scores, scored)
         commit = self._commit(blocks, denoised)
         positions, canvas = commit.positions, torch.where(commit.positions, denoised.prediction, blocks.canvas)
         if ruled is not None and table.rules.has_phrases[ruled.host_slots].any():
@@ -359,19 +394,20 @@ class TwoTowerSampler:
             return logits / options.temperature[:, None]
         return temper_and_filter(logits, options)
 
-    def _predict(self, blocks: Blocks, logits: torch.Tensor, scored: ScoredTokens | None) -> DenoiserPass:
-        """Predictions and what the strategies ask of them, from fp32 logits (T, V) of the blocks' tokens."""
+    def _predict(self, blocks: Blocks, scores: torch.Tensor | Best, scored: ScoredTokens | None) -> DenoiserPass:
+        """Predictions and what the strategies ask of them, from the scores of the blocks' tokens."""
         table, host_slots = self._table, blocks.host_slots
         needs = frozenset().union(*(table.strategies[index].needs for index, _ in blocks.strategy_rows))
-        tokens, confidence = predict(logits)
+        best = scores if isinstance(scores, Best) else Best(*predict(scores))
+        tokens, confidence = best.tokens, best.confidence
         energy = confidence.log() if "energy" in needs else None
         if table.is_random[host_slots].any():
             row_of_token = blocks.rows.row_of_token
             hot = np.flatnonzero(table.is_random[host_slots][row_of_token])
-            chosen = async_tensor_h2d(hot, device=logits.device)
+            chosen = async_tensor_h2d(hot, device=tokens.device)
             of_row = blocks.row_of_token[chosen]
             options = blocks.options.rows(of_row)
-            hot_logits = logits[chosen]
+            hot_logits = scores[chosen]
             shaped = self._shape(hot_logits, options, host_slots[row_of_token[hot]])
             number = uniform(options.seed, blocks.starts[of_row], blocks.step[of_row], blocks.column[chosen])
             tokens[chosen] = draw(shaped, number)
@@ -387,7 +423,7 @@ class TwoTowerSampler:
             step=blocks.step,
             start=blocks.starts,
             width=blocks.lengths,
-            margin=blocks.by_row(margin(logits)) if "margin" in needs else None,
+            margin=blocks.by_row(margin(scores)) if "margin" in needs else None,
             energy=None if energy is None else blocks.by_row(energy),
         )
 
@@ -411,9 +447,3 @@ def _ahead(blocks: Blocks, canvas: torch.Tensor, undecided: torch.Tensor) -> tor
         columns = torch.arange(ahead.shape[1], device=ahead.device)
         ahead = ahead.masked_fill(columns >= blocks.lengths[:, None], NOTHING)
     return ahead
-
-
-def _tiles(total: int, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` that cover ``total``."""
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))

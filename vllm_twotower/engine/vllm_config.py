@@ -12,8 +12,9 @@ from vllm.model_executor.models.config import NemotronHForCausalLMConfig, Verify
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_twotower.checkpoint import DEFAULT_CANVAS_LENGTH
+from vllm_twotower.checkpoint import DEFAULT_CANVAS_LENGTH, TwoTowerConfig
 from vllm_twotower.config import EngineOptions
+from vllm_twotower.parallel import check_ray_devices, check_tensor_parallel_size
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -56,6 +57,7 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
             prompt_tokens_beside_blocks=64 if current_platform.is_cpu() else 1024,
         )
         options.store(vllm_config.model_config)
+        _check_ranks(vllm_config)
         # Later vLLM refuses this without a speculative configuration; our scheduler takes the level from the options.
         vllm_config.observability_config.per_request_spec_decode_metrics = "none"
         _refuse_transfers(vllm_config)
@@ -124,6 +126,28 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     vllm_config.scheduler_config.async_scheduling = False
     if not vllm_config.use_v2_model_runner:
         raise ValueError("VLLM_USE_V2_MODEL_RUNNER=0 is not supported for TwoTower models: unset it")
+
+
+def _check_ranks(vllm_config: VllmConfig) -> None:
+    """Raises ValueError if the model cannot be divided over the ranks, or Ray has too few devices for them."""
+    parallel, hf_config = vllm_config.parallel_config, vllm_config.model_config.hf_config
+    has_experts = "E" in hf_config.hybrid_override_pattern
+    if has_experts and parallel.enable_expert_parallel and current_platform.is_cpu():
+        raise ValueError(
+            "enable_expert_parallel=True is not supported for TwoTower models on CPUs: their experts are split by width"
+        )
+    if has_experts and parallel.data_parallel_size > 1:
+        raise ValueError(
+            f"data_parallel_size={parallel.data_parallel_size} is not supported for TwoTower models with experts: "
+            "these would have to run equally often in all replicas, which denoise as often as their own blocks need; "
+            "start independent servers"
+        )
+    try:
+        check_tensor_parallel_size(TwoTowerConfig.of(hf_config), parallel.tensor_parallel_size)
+    except ValueError as error:
+        raise ValueError(f"tensor_parallel_size={parallel.tensor_parallel_size} is not possible: {error}") from None
+    if parallel.use_ray and parallel.placement_group is None:
+        check_ray_devices(parallel.world_size)
 
 
 def _refuse_transfers(vllm_config: VllmConfig) -> None:

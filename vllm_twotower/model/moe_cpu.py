@@ -12,6 +12,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from vllm.distributed.utils import divide
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.nemotron_h import NemotronHMLP
 from vllm.model_executor.utils import set_weight_attrs
@@ -41,8 +42,7 @@ def _shard_loader(dim: int):
 class CpuMoE(nn.Module):
     """Routed relu² experts plus a shared one; the router works in fp64 as NVIDIA's code does.
 
-    Experts are split over tensor-parallel ranks along their intermediate dimension. Quantised experts and expert
-    parallelism are refused.
+    Experts are split over tensor-parallel ranks along their intermediate dimension. Quantised experts are refused.
     """
 
     def __init__(
@@ -53,15 +53,10 @@ class CpuMoE(nn.Module):
         prefix: str,
     ):
         super().__init__()
-        if quant_config is not None or parallel_config.enable_expert_parallel:
-            option = "enable_expert_parallel" if parallel_config.enable_expert_parallel else "quantization"
-            raise ValueError(f"{option} is not supported for the MoE layers of TwoTower models on CPUs")
+        if quant_config is not None:
+            raise ValueError("quantization is not supported for the MoE layers of TwoTower models on CPUs")
         self.tp_size = get_tensor_model_parallel_world_size()
-        width, remainder = divmod(config.moe_intermediate_size, self.tp_size)
-        if remainder:
-            raise ValueError(
-                f"tensor_parallel_size={self.tp_size} must divide moe_intermediate_size={config.moe_intermediate_size}"
-            )
+        width = divide(config.moe_intermediate_size, self.tp_size)
         self.num_experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
         self.normalise, self.scale = config.norm_topk_prob, config.routed_scaling_factor
         self.gate = nn.Module()

@@ -2,11 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from vllm_twotower.sampling.prediction import MASKED_LOGIT
+
+
+@dataclass
+class Best:
+    """The most probable ``tokens`` (T,) int64 of T rows and their probability, ``confidence`` (T,) fp32."""
+
+    tokens: Tensor
+    confidence: Tensor
+
+
+class OutputHead:
+    """An output head whose vocabulary is sharded over the tensor-parallel ranks."""
+
+    def __init__(self, weights: ParallelLMHead, processor: LogitsProcessor):
+        self._weights, self._processor = weights, processor
+        self.is_sharded = weights.tp_size > 1
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """All logits (T, V) of hidden states (T, H), on every rank."""
+        return self._processor(self._weights, hidden)
+
+    def best(self, hidden: Tensor, never: int | None = None) -> Best:
+        """What greedy decoding asks for, of hidden states (T, H), without the logits; ``never`` is not predicted.
+
+        Ranks exchange three numbers a row: the largest logit of their shard, its token and the shard's logsumexp. All
+        get the same result, of equal logits the first token, as with one rank.
+        """
+        logits = self._processor(self._weights, hidden, skip_gather=True).float()
+        shard = self._weights.shard_indices
+        logits[:, shard.num_org_elements :] = -torch.inf  # padding
+        if never is not None and shard.org_vocab_start_index <= never < shard.org_vocab_end_index:
+            logits[:, never - shard.org_vocab_start_index] = MASKED_LOGIT
+        largest, token = logits.max(-1)
+        token = (token + shard.org_vocab_start_index).int()
+        ours = torch.stack((largest, logits.logsumexp(-1), token.view(torch.float32)), -1)
+        ranks = tensor_model_parallel_all_gather(ours, dim=0).view(self._weights.tp_size, len(hidden), 3)
+        largest, logsumexp, token = ranks[..., 0], ranks[..., 1], ranks[..., 2].contiguous().view(torch.int32)
+        best = largest.amax(0)
+        first = token.masked_fill(largest != best, self._weights.org_vocab_size - 1).amin(0)
+        return Best(first.long(), torch.exp(best - logsumexp.logsumexp(0)))
 
 
 @dataclass
@@ -21,8 +67,8 @@ class StepLogits:
 
     context: Tensor | None
     denoiser: Tensor | None
-    context_head: Callable[[Tensor], Tensor]
-    denoiser_head: Callable[[Tensor], Tensor]
+    context_head: OutputHead
+    denoiser_head: OutputHead
     tile: int
     """The most rows whose logits the sampler may ask for at once."""
     grammar: tuple[Sequence[str], np.ndarray] | None = None

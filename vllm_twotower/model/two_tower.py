@@ -22,7 +22,8 @@ from vllm_twotower.config import EngineOptions
 
 from .context import context_tower
 from .denoiser import CONTEXT_PREFIX, DENOISER_PREFIX, CanvasRows, DenoiserTower
-from .step_logits import StepLogits, logit_rows_per_tile
+from .shared_memory import remove_segment_name
+from .step_logits import OutputHead, StepLogits, logit_rows_per_tile
 from .time_conditioning import TimeConditioning
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
+        remove_segment_name()
         config = vllm_config.model_config.hf_config
         self.config, quant_config = config, vllm_config.quant_config
         self.checkpoint_config = TwoTowerConfig.of(config)
@@ -86,6 +88,9 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
             for name in (maybe_prefix(prefix, "context_lm_head"), maybe_prefix(prefix, "lm_head"))
         )
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.context_head, self.denoiser_head = (
+            OutputHead(weights, self.logits_processor) for weights in (self.context_lm_head, self.lm_head)
+        )
         self.logit_tile = logit_rows_per_tile(config.vocab_size, self.options.canvas_length)
         self._step_logits: StepLogits | None = None
 
@@ -132,13 +137,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         return self.denoiser_tower(input_ids, rows, conditioning(time), conditioning.scale_shift_tables)
 
     def _logits(self, context: Tensor | None, denoiser: Tensor | None) -> StepLogits:
-        return StepLogits(
-            context,
-            denoiser,
-            lambda hidden: self.logits_processor(self.context_lm_head, hidden),
-            lambda hidden: self.logits_processor(self.lm_head, hidden),
-            self.logit_tile,
-        )
+        return StepLogits(context, denoiser, self.context_head, self.denoiser_head, self.logit_tile)
 
     def _profile(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         self.context_tower(input_ids, positions)
@@ -154,7 +153,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         states (n, H).
         """
         kept, self._step_logits = self._step_logits, None
-        return self.logits_processor(self.context_lm_head, hidden_states) if kept is None else kept
+        return self.context_head(hidden_states) if kept is None else kept
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Loads a checkpoint in the official key layout.

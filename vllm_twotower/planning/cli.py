@@ -10,10 +10,11 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_twotower.parallel import TENSOR_PARALLEL_SIZES, check_tensor_parallel_size, tensor_parallel_obstacle
+
 from .cost_model import CostModel, Load
 from .hardware import DEVICES, Hardware
 from .mode_choice import ModeChooser
-from .model_size import check_tensor_parallel_size
 from .released import RELEASED_CONFIG
 from .simulator import Traffic, simulate
 from .steps_per_block import StepsPerBlock
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from vllm_twotower.checkpoint import TwoTowerConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
-TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 USABLE_MEMORY = 0.9
 """Share of a GPU's memory for weights and caches, vLLM's default of --gpu-memory-utilization."""
 
@@ -159,9 +159,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_twotower.checkpoint import TwoTowerConfig
 
     config, hardware = TwoTowerConfig.from_dict(args.model), _hardware(args)
-    if refusal := _refusal(config, args.tensor_parallel_size):
-        possible = [str(size) for size in TENSOR_PARALLEL_SIZES if not _refusal(config, size)]
-        raise ValueError(f"{refusal}; possible are {', '.join(possible)}")
+    check_tensor_parallel_size(config, args.tensor_parallel_size)
 
     def model_with(tensor_parallel_size: int) -> CostModel:
         return CostModel(
@@ -196,17 +194,9 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     return plan
 
 
-def _refusal(config: TwoTowerConfig, tensor_parallel_size: int) -> str | None:
-    try:
-        check_tensor_parallel_size(config, tensor_parallel_size)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def _memory(config: TwoTowerConfig, model_with: Callable[[int], CostModel], size: int, context: int) -> dict[str, Any]:
-    if refusal := _refusal(config, size):
-        return {"tensor_parallel_size": size, "impossible": refusal}
+    if obstacle := tensor_parallel_obstacle(config, size):
+        return {"tensor_parallel_size": size, "impossible": obstacle}
     model = model_with(size)
     weights = model.size.weight_bytes
     return {

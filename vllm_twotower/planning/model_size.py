@@ -6,30 +6,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from vllm_twotower.parallel import check_tensor_parallel_size
+
 if TYPE_CHECKING:
     from vllm_twotower.checkpoint import TwoTowerConfig
-
-
-def check_tensor_parallel_size(config: TwoTowerConfig, size: int) -> None:
-    """Raises ValueError if the heads, groups or widths of the model cannot be divided over ``size`` GPUs.
-
-    The rules are vLLM's: KV heads may be replicated, one Mamba group may be, the vocabulary is padded.
-    """
-    dimensions = []
-    if "*" in config.pattern:
-        dimensions += ["num_attention_heads"]
-        key_value_heads = config.num_key_value_heads
-        if key_value_heads % size and size % key_value_heads:
-            raise ValueError(f"{size} and num_key_value_heads ({key_value_heads}): one must divide the other")
-    if "M" in config.pattern:
-        dimensions += ["mamba_num_heads"] + (["n_groups"] if config.n_groups > 1 else [])
-    if "E" in config.pattern:
-        dimensions += ["moe_intermediate_size", "moe_shared_expert_intermediate_size"]
-    if "-" in config.pattern:
-        dimensions += ["intermediate_size"]
-    for name in dimensions:
-        if getattr(config, name) % size:
-            raise ValueError(f"{size} does not divide {name} ({getattr(config, name)})")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,7 @@ import httpx
 import openai
 from prometheus_client.parser import text_string_to_metric_families
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 START_SECONDS = 600
 REQUEST_SECONDS = 120
 LOG_TAIL = 60
@@ -116,7 +116,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_server(model: str | Path, log: Path, *options: str, name: str = "served") -> Iterator[Server]:
+def running_server(
+    model: str | Path, log: Path, *options: str, name: str = "served", environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """`vllm serve` on a free port of 127.0.0.1, ready for requests; its output goes to ``log``."""
     port = free_port()
     command = vllm_serve(model, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", name, *options)
@@ -126,7 +128,7 @@ def running_server(model: str | Path, log: Path, *options: str, name: str = "ser
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=REPOSITORY,
-            env=server_environment(),
+            env=server_environment() | (environment or {}),
             start_new_session=True,
         )
     server = Server(process, port, log, name)
@@ -142,7 +144,9 @@ def running_server(model: str | Path, log: Path, *options: str, name: str = "ser
         server.stop()
 
 
-def refused_start(model: str | Path, log: Path, *options: str) -> tuple[int, str]:
+def refused_start(
+    model: str | Path, log: Path, *options: str, environment: Mapping[str, str] | None = None
+) -> tuple[int, str]:
     """Exit status and output of a `vllm serve` that must not come up."""
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -150,7 +154,7 @@ def refused_start(model: str | Path, log: Path, *options: str) -> tuple[int, str
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=REPOSITORY,
-            env=server_environment(),
+            env=server_environment() | (environment or {}),
             start_new_session=True,
         )
     server = Server(process, 0, log)

@@ -1,0 +1,82 @@
+"""Two tensor-parallel ranks, over processes and over Ray, give what one rank and the reference give."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import golden_data
+import pytest
+from oracle import expected
+from ray_clusters import running_cluster
+from two_ranks import MODES, PROBLEMS, TRAINED, random_requests
+from vllm import SamplingParams
+from vllm.tokenizers import get_tokenizer
+
+from vllm_twotower.reference import TwoTowerModel
+
+TESTS = Path(__file__).parents[1]
+SCORES = 3
+"""The width of what ranks exchange of their logits: the largest, its token, the logsumexp."""
+
+
+@pytest.fixture(scope="module", params=["mp", pytest.param("ray", marks=pytest.mark.ray)])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What two_ranks.py writes, by checkpoint."""
+    output = tmp_path_factory.mktemp("two-ranks") / "results.json"
+    command = [sys.executable, str(TESTS / "two_ranks.py"), request.param, str(output)]
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    if request.param == "ray":
+        with running_cluster(2, PYTHONPATH=str(TESTS)) as variables:
+            run(command, environment | variables)
+    else:
+        own = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_HOST_IP": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        run(command, environment | own)
+    return json.loads(output.read_text())
+
+
+def run(command: list[str], environment: dict[str, str]) -> None:
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, (process.stdout + process.stderr)[-5000:]
+
+
+@pytest.mark.parametrize("name", golden_data.CHECKPOINTS)
+def test_goldens(results: dict[str, Any], name: str) -> None:
+    runs = golden_data.diffusion_runs(name) + golden_data.diffusion_runs(name, "eos_runs")
+    assert results[name]["diffusion"] == [list(run.tokens) for run in runs]
+    assert results[name]["ar"] == [prompt["ar"]["new_ids"] for prompt in golden_data.prompts(name)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_trained_model(results: dict[str, Any], mode: str) -> None:
+    model, tokenizer = TwoTowerModel.from_pretrained(TRAINED), get_tokenizer(str(TRAINED))
+    params = SamplingParams(temperature=0, max_tokens=64, extra_args={"diffusion_mode": mode})
+    want = [expected(model, tokenizer.encode(problem), params).token_ids for problem in PROBLEMS]
+    assert results["trained"][mode] == want
+
+
+def test_random_requests(results: dict[str, Any]) -> None:
+    """Seeds, filters, rules and strategies: every rank takes the decisions of the oracle, which knows no ranks."""
+    checkpoint = golden_data.checkpoint("C")
+    model, tokenizer = TwoTowerModel.from_pretrained(checkpoint), get_tokenizer(str(checkpoint))
+    want = [expected(model, one.prompt, one.params(tokenizer)).token_ids for one in random_requests()]
+    assert results["C"]["random"] == want
+
+
+@pytest.mark.parametrize("name", [*golden_data.CHECKPOINTS, "trained"])
+def test_greedy_exchanges_do_not_grow_with_the_vocabulary(results: dict[str, Any], name: str) -> None:
+    """Of logits only three numbers a row; everything else is as wide as the hidden states."""
+    hidden = 192 if name == "trained" else 64
+    sums = {f"all_reduce {hidden}", "all_reduce 1"}  # 1: the square means of a Mamba norm whose group ranks share
+    for exchanged in results[name]["greedy_exchanges"]:
+        assert f"all_gather {SCORES}" in exchanged
+        assert set(exchanged) <= {f"all_gather {SCORES}", *sums}
+    if name == "C":
+        vocabulary = 320
+        assert any(f"all_gather {vocabulary // 2}" in exchanged for exchanged in results[name]["random_exchanges"])

@@ -1,0 +1,102 @@
+"""Engines with two tensor-parallel ranks, in a process of their own: python two_ranks.py EXECUTOR OUTPUT.
+
+Writes, for every checkpoint: the tokens of its golden runs, of autoregression, of random requests, of the trained
+model's problems, and what its ranks exchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import golden_data
+from random_requests import RandomRequest, draw_request
+
+ROOT = Path(__file__).parents[1]
+TRAINED = ROOT / "models/tiny-twotower"
+PROBLEMS = [json.loads(line)["prompt"] for line in (TRAINED / "heldout.jsonl").read_text().splitlines()[:12]]
+MODES = ("ar", "mask_diffusion")
+
+
+def random_requests() -> list[RandomRequest]:
+    rng = random.Random(3)
+    return [draw_request(rng) for _ in range(24)]
+
+
+def count_exchanges(worker: Any) -> None:
+    """Run in a worker: from now on notes what its ranks exchange."""
+    from vllm.distributed.parallel_state import GroupCoordinator
+
+    worker.exchanges = Counter()
+
+    def counted(name: str, original: Any) -> Any:
+        def call(group: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            worker.exchanges[f"{name} {tensor.shape[-1]}"] += tensor.numel() * tensor.element_size()
+            return original(group, tensor, *args, **kwargs)
+
+        return call
+
+    for name in ("all_reduce", "all_gather", "gather", "broadcast", "reduce_scatter"):
+        setattr(GroupCoordinator, name, counted(name, getattr(GroupCoordinator, name)))
+
+
+def exchanged(worker: Any) -> dict[str, int]:
+    """Run in a worker: bytes by kind of exchange and width of the tensor, since it was last asked."""
+    found, worker.exchanges = dict(worker.exchanges), Counter()
+    return found
+
+
+def main(executor: str, output: Path) -> None:
+    """Runs everything."""
+    from vllm import LLM, SamplingParams
+
+    results: dict[str, Any] = {}
+    for name in (*golden_data.CHECKPOINTS, "trained"):
+        is_golden = name != "trained"
+        llm = LLM(
+            str(golden_data.checkpoint(name) if is_golden else TRAINED),
+            dtype="float32",
+            max_model_len=1024,
+            max_num_seqs=8,
+            max_num_batched_tokens=256,
+            kv_cache_memory_bytes=64 << 20,
+            tensor_parallel_size=2,
+            distributed_executor_backend=executor,
+        )
+
+        def generate(prompts: list[Any], params: list[Any], llm: LLM = llm) -> list[list[int]]:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            return [list(output.outputs[0].token_ids) for output in outputs]
+
+        def ids(prompts: list[Any]) -> list[dict[str, list[int]]]:
+            return [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+
+        found = results[name] = {}
+        llm.collective_rpc(count_exchanges)
+        if is_golden:
+            runs = golden_data.diffusion_runs(name) + golden_data.diffusion_runs(name, "eos_runs")
+            found["diffusion"] = generate(ids([run.prompt for run in runs]), [run.params() for run in runs])
+            prompts = golden_data.prompts(name)
+            params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args={"diffusion_mode": "ar"})
+            found["ar"] = generate(ids([prompt["ids"] for prompt in prompts]), [params] * len(prompts))
+        else:
+            for mode in MODES:
+                params = SamplingParams(temperature=0, max_tokens=64, extra_args={"diffusion_mode": mode})
+                found[mode] = generate(PROBLEMS, [params] * len(PROBLEMS))
+        found["greedy_exchanges"] = llm.collective_rpc(exchanged)
+        if name == "C":
+            drawn = random_requests()
+            found["random"] = generate(ids([one.prompt for one in drawn]), [one.params() for one in drawn])
+            found["random_exchanges"] = llm.collective_rpc(exchanged)
+        del llm, generate
+    output.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions to run in the workers
+    main(sys.argv[1], Path(sys.argv[2]))
