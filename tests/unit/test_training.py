@@ -179,7 +179,7 @@ class TestProblems:
 
     def test_the_split_is_the_same_everywhere(self):
         held_out = [draw_problem(random.Random(i), "addition").held_out for i in range(200)]
-        assert [i for i, held in enumerate(held_out) if held] == [4, 9, 18, 71, 107, 121, 133, 162, 179, 181, 196]
+        assert [i for i, held in enumerate(held_out) if held] == [23, 52, 55, 61, 99, 134, 162, 183]
 
 
 @pytest.mark.parametrize("texts", [library_sources, library_prose])
@@ -488,9 +488,10 @@ class TestTrainer:
 
     @pytest.mark.parametrize("make_stage", [ar_stage, denoiser_stage])
     def test_a_resumed_run_ends_with_the_same_bits(self, config, corpus, tmp_path, make_stage):
-        def run(folder: Path, steps: int) -> TwoTowerModel:
+        def run(folder: Path, steps: int, data_workers: int = 0) -> TwoTowerModel:
             settings = {"steps": steps, "decay_fraction": 0.0}
-            changed = replace(config, ar=replace(config.ar, **settings), denoiser=replace(config.denoiser, **settings))
+            changed = replace(config, data_workers=data_workers)
+            changed = replace(changed, ar=replace(config.ar, **settings), denoiser=replace(config.denoiser, **settings))
             model = new_model(changed)
             folder.mkdir(exist_ok=True)
             assert run_stage(model, make_stage(model, changed, corpus), changed, folder).step == steps
@@ -498,7 +499,7 @@ class TestTrainer:
 
         whole = run(tmp_path / "whole", 4)
         run(tmp_path / "halves", 2)
-        resumed = run(tmp_path / "halves", 4)
+        resumed = run(tmp_path / "halves", 4, data_workers=2)
         for name, tensor in whole.state_dict().items():
             assert torch.equal(tensor, resumed.state_dict()[name]), name
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vllm_twotower.reference import TwoTowerModel
@@ -40,6 +41,19 @@ class Stage:
     make_batch: Callable[[int], Batch]  # step -> batch
     loss: Callable[[TwoTowerModel, Batch], Tensor]
     tokens_per_step: int  # positions that the trained tower predicts
+
+
+class _Batches(Dataset[Batch]):
+    """A stage's batches by step number."""
+
+    def __init__(self, stage: Stage):
+        self._stage = stage
+
+    def __len__(self) -> int:
+        return self._stage.config.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        return self._stage.make_batch(step)
 
 
 @dataclass
@@ -71,22 +85,20 @@ def run_stage(model: TwoTowerModel, stage: Stage, config: TrainConfig, run_dir: 
     loss_function = torch.compile(stage.loss) if config.compile and world_size() == 1 else stage.loss
     model.train()
     started, saved = time.monotonic() - progress.seconds, time.monotonic()
-    recent: list[tuple[float, float]] = []
+    recent: list[tuple[Tensor, Tensor]] = []
+    steps = range(progress.step, stage.config.steps)
+    batches = DataLoader(_Batches(stage), batch_size=None, sampler=steps, num_workers=config.data_workers)
     with _progress_bar(stage, progress) as bar:
-        while progress.step < stage.config.steps:
-            recent.append(_train_step(model, stage, loss_function, optimizer, progress.step, config.bf16_autocast))
-            progress.step += 1
+        for step, batch in zip(steps, batches, strict=True):
+            recent.append(_train_step(model, stage, loss_function, optimizer, batch, step, config.bf16_autocast))
+            progress.step = step + 1
             progress.seconds = time.monotonic() - started
             bar.update(stage.tokens_per_step)
-            bar.set_postfix(step=f"{progress.step}/{stage.config.steps}", loss=f"{recent[-1][0]:.4f}", refresh=False)
             is_last = progress.step == stage.config.steps
             if progress.step % config.log_every == 0 or is_last:
-                if not math.isfinite(recent[-1][0]):
-                    raise FloatingPointError(
-                        f"the loss of stage {stage.name} is {recent[-1][0]} in step {progress.step}"
-                    )
-                _log(run_dir, stage, progress, recent)
+                loss = _log(run_dir, stage, progress, recent)
                 recent = []
+                bar.set_postfix(step=f"{progress.step}/{stage.config.steps}", loss=f"{loss:.4f}", refresh=False)
             if mean_over_ranks(time.monotonic() - saved) > 60 * config.checkpoint_minutes or is_last:
                 save_checkpoint(checkpoint, model, optimizer, progress)
                 saved = time.monotonic()
@@ -166,16 +178,17 @@ def _train_step(
     stage: Stage,
     loss_function: Callable[[TwoTowerModel, Batch], Tensor],
     optimizer: torch.optim.AdamW,
+    batch: Batch,
     step: int,
     bf16_autocast: bool,
-) -> tuple[float, float]:
-    """One update; returns the loss and the gradient's norm before clipping.
+) -> tuple[Tensor, Tensor]:
+    """One update; returns the loss and the gradient's norm before clipping, on the device: reading them would wait.
 
     A part's loss is its share of the whole batch's weighted mean, times the number of ranks, over which FSDP averages.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(stage.config, step)
-    batch, parts, on = stage.make_batch(step), stage.config.accumulate, device()
+    parts, on = stage.config.accumulate, device()
     total = torch.zeros((), device=on)
     for i in range(parts):
         part = part_of(batch, rank() * parts + i, parts * world_size(), on)
@@ -186,20 +199,24 @@ def _train_step(
     norm = full(nn.utils.clip_grad_norm_(list(_parameters(stage)), stage.config.clip_norm))
     optimizer.step()
     optimizer.zero_grad()
-    return mean_over_ranks(total.item()), norm.item()
+    return total, norm
 
 
-def _log(run_dir: Path, stage: Stage, progress: Progress, recent: list[tuple[float, float]]) -> None:
-    losses, norms = zip(*recent, strict=True)
+def _log(run_dir: Path, stage: Stage, progress: Progress, recent: list[tuple[Tensor, Tensor]]) -> float:
+    """Writes means since the last entry, returns the loss; raises FloatingPointError if a loss is not finite."""
+    losses, norms = (torch.stack(values).mean() for values in zip(*recent, strict=True))
     entry = {
         "stage": stage.name,
         "step": progress.step,
         "tokens": progress.step * stage.tokens_per_step,
-        "loss": sum(losses) / len(losses),
-        "gradient_norm": sum(norms) / len(norms),
+        "loss": mean_over_ranks(losses.item()),
+        "gradient_norm": norms.item(),
         "learning_rate": learning_rate(stage.config, progress.step - 1),
         "seconds": round(progress.seconds, 1),
     }
+    if not math.isfinite(entry["loss"]):
+        raise FloatingPointError(f"the loss of stage {stage.name} is {entry['loss']} up to step {progress.step}")
     if rank() == 0:
         with (run_dir / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
+    return entry["loss"]
