@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
 from typing import TYPE_CHECKING
 
@@ -59,12 +61,14 @@ def check_ray_devices(needed: int, patience: float = 20.0) -> None:
     device, joins = current_platform.ray_device_key, not ray.is_initialized()
     if joins:
         try:
+            _probe_cluster()
             ray.init("auto", log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError:
-            if current_platform.is_cpu():
+        except OSError as error:
+            if current_platform.is_cpu() or "RAY_ADDRESS" in os.environ:
+                how = f"vllm-twotower ray-up --ranks {needed}" if current_platform.is_cpu() else "see `ray status`"
                 raise ValueError(
-                    "distributed_executor_backend='ray' needs a Ray cluster, and none is running at RAY_ADDRESS or on "
-                    f"this machine: vllm-twotower ray-up --ranks {needed}"
+                    f"distributed_executor_backend='ray' needs a Ray cluster, and none runs at RAY_ADDRESS "
+                    f"({os.environ.get('RAY_ADDRESS', 'not set')}) or on this machine: {how} ({error})"
                 ) from None
             return
     try:
@@ -79,3 +83,14 @@ def check_ray_devices(needed: int, patience: float = 20.0) -> None:
     finally:
         if joins:
             ray.shutdown()
+
+
+def _probe_cluster() -> None:
+    """Raises OSError unless something listens where Ray looks for its cluster; ``ray.init`` would try for minutes."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if "://" in os.environ.get("RAY_ADDRESS", ""):  # Ray Client's, which answers at once
+        return
+    if address := canonicalize_bootstrap_address("auto"):
+        host, port = address.rsplit(":", 1)
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()

@@ -1,4 +1,7 @@
-"""vLLM's CPU platform with Ray: vLLM places Ray workers by a device that Ray counts, and names none for CPUs."""
+"""vLLM's CPU platform for TwoTower engines.
+
+With Ray: vLLM places Ray workers by a device that Ray counts, and names none for CPUs. Without small compilations.
+"""
 
 from __future__ import annotations
 
@@ -19,3 +22,5 @@ class RayCpuPlatform(CpuPlatform):
     """A rank takes one of the GPUs that the cluster was told it has: ``ray start --num-gpus``."""
 
     ray_device_key = "GPU"
+    # Sharded embeddings mask their tokens with a compiled function, which a CPU spends seconds of the first request on.
+    simple_compile_backend = "eager"
