@@ -55,7 +55,7 @@ def train(how: str, folder: Path, content: dict) -> dict[str, list[float]]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = (Path(content["run_dir"]) / "log.jsonl").read_text().splitlines()

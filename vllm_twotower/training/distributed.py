@@ -83,12 +83,13 @@ def mean_over_ranks(value: float) -> float:
 
 
 def run_on_ray(function: Callable[[], None], num_workers: int) -> None:
-    """Runs a function in ``num_workers`` processes of Ray Train, on a cluster at hand or a local one.
+    """Runs a function in ``num_workers`` processes of Ray Train, on the cluster at RAY_ADDRESS or one for this run.
 
     Raises RuntimeError naming what to install if Ray Train is not there, and ray.train.TrainingFailedError if a worker
     fails.
     """
     try:
+        import ray
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
     except ImportError as error:
@@ -99,5 +100,7 @@ def run_on_ray(function: Callable[[], None], num_workers: int) -> None:
         os.chdir(folder)  # Ray starts workers elsewhere; the configuration's paths are relative to here
         function()
 
+    # Not whichever cluster this machine last had, which may serve a model, or be gone.
+    ray.init(os.environ.get("RAY_ADDRESS", "local"))
     scaling = ScalingConfig(num_workers=num_workers, use_gpu=torch.cuda.is_available())
     TorchTrainer(worker, train_loop_config={}, scaling_config=scaling, run_config=RunConfig(name="vllm-twotower")).fit()
