@@ -20,7 +20,7 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 
 REPOSITORY = Path(__file__).parents[1]
-START_SECONDS = 600
+START_SECONDS = 240
 REQUEST_SECONDS = 120
 LOG_TAIL = 60
 

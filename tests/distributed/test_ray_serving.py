@@ -81,12 +81,12 @@ def test_faults_end_the_server_with_errors(fault: str, tmp_path: Path) -> None:
             complete(server)
         workers, family = one.workers(), [process, *process.children(recursive=True)]
         assert len(workers) == 2
-        errors: list[Exception | None] = []
-        threads = [threading.Thread(target=endless_request, args=(server, errors)) for _ in range(4)]
+        errors: list[Exception] = []
+        threads = [threading.Thread(target=endless_request, args=(server, errors), daemon=True) for _ in range(4)]
         for thread in threads:
             thread.start()
         wait_until(lambda: server.metrics()["vllm:num_requests_running"] == 4, "four requests run")
-        started = time.monotonic()
+        deadline = time.monotonic() + FAULT_SECONDS
         if fault == "raylet":
             [raylet] = [p for p in ray_cluster.cluster_processes(one.port) if p.name() == "raylet"]
             raylet.send_signal(signal.SIGKILL)
@@ -94,22 +94,20 @@ def test_faults_end_the_server_with_errors(fault: str, tmp_path: Path) -> None:
             workers[1].rlimit(psutil.RLIMIT_AS, (1 << 20, 1 << 20))
         else:
             workers[1].send_signal(signal.SIGKILL)
-        for thread in threads:
-            thread.join(FAULT_SECONDS)
-        assert len(errors) == 4
+        wait_until(lambda: len(errors) == 4, "every request is answered", deadline - time.monotonic())
         assert all(isinstance(error, openai.APIError) for error in errors), errors
-        server.process.wait(timeout=max(1, FAULT_SECONDS - (time.monotonic() - started)))
-        assert server.process.returncode != 0
-        _, alive = psutil.wait_procs([*family, *workers], timeout=FAULT_SECONDS)
+        _, alive = psutil.wait_procs([*family, *workers], timeout=deadline - time.monotonic())
         assert not alive
     wait_until(lambda: segments() <= before, f"no new shared memory ({segments() - before})", 10)
 
 
-def endless_request(server: Server, errors: list[Exception | None]) -> None:
-    """A request that would take minutes; notes how it ends."""
+def endless_request(server: Server, errors: list[Exception]) -> None:
+    """Requests without an end; notes how it comes nevertheless."""
     try:
         while True:
             complete(server, max_tokens=1500, extra_body={"ignore_eos": True})
+    except openai.APITimeoutError:
+        return  # no answer
     except Exception as error:
         errors.append(error)
 

@@ -62,6 +62,7 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
         vllm_config.observability_config.per_request_spec_decode_metrics = "none"
         _refuse_transfers(vllm_config)
         _choose_scheduler(vllm_config)
+        _choose_worker(vllm_config)
         _fit_scheduler(vllm_config, options)
         # The two towers run on different rows of a step, so a whole-step graph or compiled forward does not apply.
         vllm_config.compilation_config.mode = CompilationMode.NONE
@@ -182,6 +183,16 @@ def _choose_scheduler(vllm_config: VllmConfig) -> None:
             f"scheduler_cls={config.scheduler_cls!r} is not supported for TwoTower models: it must be {SCHEDULER_CLS} "
             "or a subclass of it"
         ) from cause
+
+
+def _choose_worker(vllm_config: VllmConfig) -> None:
+    """Ranks whose errors are noticed, unless the user or an unknown platform chooses otherwise."""
+    parallel = vllm_config.parallel_config
+    if parallel.tensor_parallel_size > 1 and parallel.worker_cls == "auto":
+        if current_platform.is_cpu():
+            parallel.worker_cls = "vllm_twotower.engine.worker.RankOnCPU"
+        elif current_platform.is_cuda_alike():
+            parallel.worker_cls = "vllm_twotower.engine.worker.RankOnGPU"
 
 
 def _fit_scheduler(vllm_config: VllmConfig, options: EngineOptions) -> None:
