@@ -68,6 +68,9 @@ def test_the_rest_is_written(output: Path, results: dict):
     assert len(found["by_offset"]) == len(results["unmasking"][0]) == 16
     # Every position of every block is committed once.
     assert [sum(column) for column in zip(*results["unmasking"], strict=True)] == pytest.approx([1] * 16)
+    right = results["ablations"]["right"]
+    assert results["ablations"]["problems"] == 6
+    assert right["no Mamba states of the context"] < right["as trained"] <= 6
     text = (output / "results.md").read_text()
     assert f"of {PROBLEMS}" in text
     assert "| threshold | right |" in text

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vllm_twotower.checkpoint import TwoTowerConfig
+from vllm_twotower.evaluation.ablations import ABLATIONS, ablated
 from vllm_twotower.evaluation.answers import Score, held_out_problems
 from vllm_twotower.evaluation.cli import choose_threshold
 from vllm_twotower.evaluation.likelihood import likelihood, unmasking_order
@@ -101,6 +102,29 @@ def test_the_order_of_unmasking_covers_every_place():
     assert [sum(column) for column in zip(*order, strict=True)] == pytest.approx([1] * 4)
 
 
+def test_ablations_change_what_the_denoiser_sees_and_nothing_else():
+    whole = model(4)
+    prompt = [1, *encode("What is 3 + 4?")]
+    _, state = whole.advance_context(torch.tensor([prompt]), None)
+    canvas, t = torch.full((4,), 3), torch.ones(1)
+    logits = {name: ablated(whole, change).denoiser_logits(canvas, state, t) for name, change in ABLATIONS.items()}
+    assert torch.equal(logits["as trained"], whole.denoiser_logits(canvas, state, t))
+    nothing_left = whole.denoiser_logits(canvas, None, t)
+    for name in ("no Mamba states of the context", "no keys and values of the context"):
+        assert not torch.allclose(logits[name], logits["as trained"], atol=1e-3)
+        assert not torch.allclose(logits[name], nothing_left, atol=1e-3)
+    without_both = ablated(ablated(whole, ABLATIONS["no Mamba states of the context"]),
+                           ABLATIONS["no keys and values of the context"])  # fmt: skip
+    assert torch.equal(without_both.denoiser_logits(canvas, state, t), nothing_left)
+    # An untrained time conditioning is neutral.
+    assert torch.equal(logits["t always 0.5"], logits["as trained"])
+    with torch.no_grad():
+        whole.t_block[1].weight.normal_()
+    frozen = ablated(whole, ABLATIONS["t always 0.5"])
+    assert torch.equal(frozen.denoiser_logits(canvas, state, t), whole.denoiser_logits(canvas, state, t / 2))
+    assert not torch.allclose(frozen.denoiser_logits(canvas, state, t), whole.denoiser_logits(canvas, state, t))
+
+
 @pytest.mark.parametrize("chosen", [0.8, 1.0])
 def test_a_report_for_any_threshold(tmp_path, chosen: float):
     entry = {"right": 3, "problems": 4, "accuracy": 0.75, "tokens_per_pass": 2.0, "steps_per_block": {"2.0": 5}}
@@ -111,7 +135,9 @@ def test_a_report_for_any_threshold(tmp_path, chosen: float):
         "reported": {"ar": entry, f"threshold {chosen:g}": entry, "threshold 1": entry},
         "speed": {"ar": 2.0, f"threshold {chosen:g}": 5.0},
         "likelihood": {"context": 0.1, "perplexity": 1.1, "denoiser_bound": 0.2, "by_offset": [0.5]},
+        "ablations": {"problems": 4, "right": {"as trained": 3}},
     }  # fmt: skip
+    assert "| as trained | 3 of 4 | 75.0% |" in markdown(results)
     assert f"| threshold {chosen:g} | 3 of 4 | 75.0% | 100.0% | 2.00 | 5 | 2.50 |" in markdown(results)
     draw(results, tmp_path)
     assert (tmp_path / "steps_per_block.png").stat().st_size > 1000

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--widths", type=int, nargs="*", default=[4, 8, 16, 32, 64], help="block widths")
     parser.add_argument("--speed-problems", type=int, default=32, help="answered one after the other")
     parser.add_argument("--rounds", type=int, default=3, help="of the speed measurement")
-    parser.add_argument("--likelihood-problems", type=int, default=200)
+    parser.add_argument("--likelihood-problems", type=int, default=200, help="for likelihoods and ablations")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--dtype", default=fastest_dtype(), help="default: %(default)s")
@@ -109,6 +110,7 @@ def _likelihoods(args: argparse.Namespace, problems: list, chosen: float) -> dic
     import torch
     from transformers import AutoTokenizer
 
+    from vllm_twotower.evaluation.ablations import ablations
     from vllm_twotower.evaluation.likelihood import likelihood, unmasking_order
     from vllm_twotower.reference import TwoTowerModel
 
@@ -121,4 +123,10 @@ def _likelihoods(args: argparse.Namespace, problems: list, chosen: float) -> dic
 
     found = likelihood(model, some, encode, tokenizer.bos_token_id, strata=8, seed=args.seed)
     order = unmasking_order(model, some, encode, tokenizer.bos_token_id, chosen, args.max_tokens)
-    return {"likelihood": {**asdict(found), "perplexity": found.perplexity}, "unmasking": order}
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    right = ablations(model, some, encode, decode, tokenizer.bos_token_id, chosen, args.max_tokens)
+    return {
+        "likelihood": {**asdict(found), "perplexity": found.perplexity},
+        "unmasking": order,
+        "ablations": {"problems": len(some), "right": right},
+    }

@@ -26,6 +26,7 @@ def markdown(results: Results) -> str:
             *_sweep("Thresholds (on the problems to choose on)", "threshold", results["thresholds"]),
             *_sweep(f"Passes a block at most, threshold {results['chosen']}", "passes", results["steps"]),
             *_sweep(f"Block width, threshold {results['chosen']}", "width", results["widths"]),
+            *_ablations(results),
         )
     )
 
@@ -78,6 +79,13 @@ def _sweep(title: str, column: str, scores: Results) -> list[str]:
         f"| {value} | {one['right']} of {one['problems']} | {one['accuracy']:.1%} | {one['tokens_per_pass']:.2f} |"
         for value, one in scores.items()
     ]
+
+
+def _ablations(results: Results) -> list[str]:
+    problems, right = results["ablations"]["problems"], results["ablations"]["right"]
+    lines = ["", f"What the denoiser is given, threshold {results['chosen']}, the plain model in fp32:", ""]
+    lines += ["| the denoiser | right | |", "|---|---|---|"]
+    return lines + [f"| {name} | {n} of {problems} | {n / problems:.1%} |" for name, n in right.items()]
 
 
 def draw(results: Results, folder: Path) -> None:

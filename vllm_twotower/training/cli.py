@@ -48,6 +48,8 @@ def run_here(path: Path, only: list[str] | None) -> None:
     except TrainConfigError as error:
         raise SystemExit(f"vllm-twotower train: {path}: {error}") from None
     torch.set_num_threads(config.threads)
+    if torch.cuda.is_available() and config.bf16_autocast:
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     steps = only or STEPS

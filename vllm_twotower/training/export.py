@@ -81,9 +81,9 @@ tags: [block-diffusion, twotower, nemotron-h, tiny]
 # tiny-twotower
 
 A very small TwoTower block-diffusion language model in the key layout of NVIDIA's Nemotron TwoTower, trained from
-nothing on generated text with two CPU cores. It exists so that vllm-twotower can be tested, demonstrated and
-benchmarked anywhere with a model whose answers can be right or wrong. It knows arithmetic word problems and a few
-other templates, and nothing else.
+nothing on generated text. It exists so that vllm-twotower can be tested, demonstrated and benchmarked anywhere with a
+model whose answers can be right or wrong. It knows the templates of `vllm_twotower/training/problems/` (word problems,
+lists, units, dates, JSON), and nothing else.
 
 Prompts have the form of the training data; the chat template produces it:
 
@@ -107,11 +107,10 @@ A TwoTower block-diffusion language model in the key layout of NVIDIA's Nemotron
 _LIMITS = """\
 ## Limits
 
-- The questions must be worded like the templates in `vllm_twotower/training/problems.py`; other English gives nonsense.
-- Numbers beyond the trained ranges (addition up to 60 + 60, products up to 9 * 12) are mostly wrong.
+- The questions must be worded like the templates in `vllm_twotower/training/problems/`; other English gives nonsense.
+- Numbers beyond the trained ranges (sums of two numbers up to 99, products up to 9 * 12) are mostly wrong.
 - Names, things and most numbers of a held-out problem occur in training; only the combination of template and numbers
   (or words) is new. The scores say that the model applies what it saw, not that it can reason.
-- Held-out facts (capitals, opposites, young animals) are asked in a wording that training had for other facts only.
 - Trained on blocks of 16 tokens; larger blocks fail. Chats of more than one turn resemble packed training documents,
   but no question refers to an earlier one.
 """
