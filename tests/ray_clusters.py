@@ -31,3 +31,4 @@ def running_cluster(ranks: int, **environment: str) -> Iterator[dict[str, str]]:
         yield dict(line.split("=", 1) for line in lines)
     finally:
         ray_cluster.end(port)
+        assert ray_cluster.cluster_processes(port) == []

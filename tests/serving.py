@@ -102,11 +102,19 @@ class Server:
         """Asks the server to stop as Ctrl-C does, then ends whatever is left of its process group; its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=60)
+            try:
+                self.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        status = self.process.wait(timeout=60)
+        # Python's process that frees shared memory ends after the last of those that it frees it for.
+        deadline = time.monotonic() + 5
         with suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(self.process.pid, 0)
+                time.sleep(0.05)
             os.killpg(self.process.pid, signal.SIGKILL)
-        return self.process.wait(timeout=60)
+        return status
 
 
 def free_port() -> int:

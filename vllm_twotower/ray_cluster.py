@@ -9,10 +9,13 @@ import argparse
 import ipaddress
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -75,6 +78,7 @@ def start(ranks: int, port: int, threads: int = 0) -> dict[str, str]:
             f"--port={port}",
             f"--num-gpus={ranks}",
             "--include-dashboard=false",
+            "--ray-client-server-port=0",  # no such server: ranks need none
             "--disable-usage-stats",
         ],
         environment,
@@ -86,26 +90,47 @@ def start(ranks: int, port: int, threads: int = 0) -> dict[str, str]:
 
 
 def end(port: int) -> None:
-    """Ends the cluster at the port and its workers, as `ray stop` does with all clusters of a machine."""
-    processes = cluster_processes(port)
+    """Ends the cluster at the port and its workers, as `ray stop` does with all clusters of a machine.
+
+    What Ray wrote down of it goes too: its logs, and its address as that of this machine's cluster.
+    """
+    from ray._common.utils import get_ray_address_file
+
+    session, processes = _session(port), cluster_processes(port)
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(processes, timeout=30)
+    if session is not None:
+        shutil.rmtree(session, ignore_errors=True)
+    current = Path(get_ray_address_file(None))
+    if current.exists() and current.read_text().strip().endswith(f":{port}"):
+        current.unlink()
 
 
 def cluster_processes(port: int) -> list[psutil.Process]:
     """The processes of the cluster whose head listens at the port, and their children, workers among them."""
-    commands = {process: " ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])}
-    head = next((text for text in commands.values() if f"--gcs_server_port={port} " in f"{text} "), None)
-    if head is None:
+    session = _session(port)
+    if session is None:
         return []
-    session = re.search(r"/session_[^/ ]+", head)[0]
-    found = dict.fromkeys(process for process, text in commands.items() if session in text)
+    found = dict.fromkeys(process for process, command in _commands() if session in command)
     for process in list(found):
         with suppress(psutil.NoSuchProcess):
             found |= dict.fromkeys(process.children(recursive=True))
     return list(found)
+
+
+def _session(port: int) -> str | None:
+    """The folder of the cluster's session, which the commands of its processes name."""
+    for _, command in _commands():
+        if f"--gcs_server_port={port} " in command:
+            return re.search(r"--log_dir=(\S+)/logs ", command)[1]
+    return None
+
+
+def _commands() -> Iterator[tuple[psutil.Process, str]]:
+    for process in psutil.process_iter(["cmdline"]):
+        yield process, " ".join([*(process.info["cmdline"] or ()), ""])
 
 
 def exposed_addresses(processes: list[psutil.Process]) -> list[str]:
@@ -136,6 +161,8 @@ def _variables(port: int, threads: int) -> dict[str, str]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Ray kills its workers; a helper process of Python's then frees the shared memory of their message queues.
         "RAY_kill_child_processes_on_worker_exit": "0",
+        # Ray's workers would leave the cores to every other process.
+        "RAY_worker_niceness": "0",
         "VLLM_HOST_IP": LOOPBACK,
         # Ranks whose threads share cores wait for each other in every loop.
         "OMP_NUM_THREADS": str(threads),

@@ -4,112 +4,61 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import threading
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import openai
 import psutil
 import pytest
+from deployments import CONFIG, FAULT_SECONDS, PROMPT, TINY, Deployment, complete, ends_in_errors, over_ray, port_of
 from ray_clusters import ray_up, running_cluster
-from serving import REPOSITORY, Server, free_port, refused_start, running_server, wait_until
+from serving import Server, free_port, refused_start, wait_until
 
 from vllm_twotower import ray_cluster
-
-TINY = REPOSITORY / "models/tiny-twotower"
-CONFIG = ("--config", str(REPOSITORY / "configs/ray-tp2.yaml"))
-OVER_PROCESSES = (*CONFIG, "--distributed-executor-backend", "mp")
-SHARED_MEMORY = Path("/dev/shm")
-PROMPT = "Question: Tom has 12 apples and buys 7 more. How many apples does he have?\nAnswer:"
-FAULT_SECONDS = 30
+from vllm_twotower.parallel import check_ray_devices
 
 pytestmark = pytest.mark.ray
 
 
-@dataclass
-class Deployment:
-    """A server and the cluster it runs on; ``port`` is the cluster's, 0 without one."""
-
-    server: Server
-    port: int
-
-    def workers(self) -> list[psutil.Process]:
-        """The ranks' processes."""
-        if self.port:
-            found = ray_cluster.cluster_processes(self.port)
-            return [process for process in found if "RayWorkerProc" in " ".join(process.cmdline())]
-        found = psutil.Process(self.server.process.pid).children(recursive=True)
-        return [process for process in found if "VLLM::Worker" in " ".join(process.cmdline())]
-
-
-@contextmanager
-def deployment(folder: Path, over_ray: bool) -> Iterator[Deployment]:
-    """A server with two ranks, on a cluster of its own if it is over Ray."""
-    if not over_ray:
-        with running_server(TINY, folder / "log", *OVER_PROCESSES) as server:
-            yield Deployment(server, 0)
-        return
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[dict[str, str]]:
+    """Variables of a cluster with two devices, which servers use one after the other."""
     with running_cluster(2) as variables:
-        port = int(variables["RAY_ADDRESS"].split(":")[1])
-        with running_server(TINY, folder / "log", *CONFIG, environment=variables) as server:
-            yield Deployment(server, port)
+        yield variables
 
 
-def segments() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.exists() else set()
+def test_a_cluster_is_reachable_from_this_machine_only(cluster: dict[str, str]) -> None:
+    processes = ray_cluster.cluster_processes(port_of(cluster))
+    assert {"gcs_server", "raylet"} <= {process.name() for process in processes}
+    assert ray_cluster.exposed_addresses(processes) == []
 
 
-def complete(server: Server, **options: object) -> str:
-    arguments = {"prompt": PROMPT, "max_tokens": 64, "temperature": 0, **options}
-    return server.openai.completions.create(model=server.model, **arguments).choices[0].text
+@pytest.fixture(scope="class")
+def deployment(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    with over_ray(tmp_path_factory.mktemp("server") / "log", cluster) as deployment:
+        yield deployment
 
 
-@pytest.mark.parametrize("fault", ["worker of ray", "raylet", "worker of mp", "memory of mp"])
-def test_faults_end_the_server_with_errors(fault: str, tmp_path: Path) -> None:
-    """Every request is answered, with an error; the server ends; no process and no shared memory is left."""
-    before = segments()
-    with deployment(tmp_path, over_ray=not fault.endswith("mp")) as one:
-        server, process = one.server, psutil.Process(one.server.process.pid)
-        if fault == "worker of ray":
-            check_clients(server)
-        else:
-            complete(server)
-        workers, family = one.workers(), [process, *process.children(recursive=True)]
-        assert len(workers) == 2
-        errors: list[Exception] = []
-        threads = [threading.Thread(target=endless_request, args=(server, errors), daemon=True) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: server.metrics()["vllm:num_requests_running"] == 4, "four requests run")
-        deadline = time.monotonic() + FAULT_SECONDS
-        if fault == "raylet":
-            [raylet] = [p for p in ray_cluster.cluster_processes(one.port) if p.name() == "raylet"]
-            raylet.send_signal(signal.SIGKILL)
-        elif fault == "memory of mp":
-            workers[1].rlimit(psutil.RLIMIT_AS, (1 << 20, 1 << 20))
-        else:
-            workers[1].send_signal(signal.SIGKILL)
-        wait_until(lambda: len(errors) == 4, "every request is answered", deadline - time.monotonic())
-        assert all(isinstance(error, openai.APIError) for error in errors), errors
-        _, alive = psutil.wait_procs([*family, *workers], timeout=deadline - time.monotonic())
-        assert not alive
-    wait_until(lambda: segments() <= before, f"no new shared memory ({segments() - before})", 10)
+class TestOverRay:
+    """One server: its clients, another server for which no device is left, and its end with a rank's."""
 
+    def test_clients(self, deployment: Deployment) -> None:
+        check_clients(deployment.server)
 
-def endless_request(server: Server, errors: list[Exception]) -> None:
-    """Requests without an end; notes how it comes nevertheless."""
-    try:
-        while True:
-            complete(server, max_tokens=1500, extra_body={"ignore_eos": True})
-    except openai.APITimeoutError:
-        return  # no answer
-    except Exception as error:
-        errors.append(error)
+    def test_no_device_left(self, deployment: Deployment, cluster: dict[str, str], tmp_path: Path) -> None:
+        started = time.monotonic()
+        status, log = refused_start(TINY, tmp_path / "log", *CONFIG, environment=cluster)
+        assert status != 0
+        assert "2 ranks need as many GPUs of the Ray cluster, of which 0 are free (of 2)" in log
+        assert time.monotonic() - started < 2 * FAULT_SECONDS  # the imports of a start among them
+        assert deployment.server.answers()
+
+    def test_killed_rank(self, deployment: Deployment) -> None:
+        with ends_in_errors(deployment, "died unexpectedly"):
+            deployment.ranks()[1].kill()
 
 
 def check_clients(server: Server) -> None:
@@ -141,15 +90,6 @@ def check_clients(server: Server) -> None:
     wait_until(lambda: server.metrics()["vllm:num_requests_running"] == 0, "aborted requests are gone")
 
 
-def test_too_few_devices_are_refused(tmp_path: Path) -> None:
-    with running_cluster(1) as variables:
-        started = time.monotonic()
-        status, log = refused_start(TINY, tmp_path / "log", *CONFIG, environment=variables)
-    assert status != 0
-    assert "2 ranks need as many GPUs of the Ray cluster, of which 1 are free (of 1)" in log
-    assert time.monotonic() - started < 2 * FAULT_SECONDS  # the imports of a start among them
-
-
 def test_no_cluster_is_refused(tmp_path: Path) -> None:
     address = {"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
     status, log = refused_start(TINY, tmp_path / "log", *CONFIG, environment=address)
@@ -157,35 +97,56 @@ def test_no_cluster_is_refused(tmp_path: Path) -> None:
     assert "vllm-twotower ray-up --ranks 2" in log
 
 
+def test_a_cluster_that_is_gone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray remembers the address of a cluster that was killed."""
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text(f"127.0.0.1:{free_port()}")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="needs a Ray cluster, and none runs .* vllm-twotower ray-up --ranks 2"):
+        check_ray_devices(2)
+    assert time.monotonic() - started < FAULT_SECONDS
+
+
 @pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
+    ("ranks", "port", "mode", "message"),
     [
-        (("--ranks", "0"), {}, "--ranks is 0"),
-        (("--ranks", "2", "--port", "80"), {}, "--port is 80"),
-        (("--ranks", "2"), {"RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE is 'disabled'"),
+        (0, 6379, "token", "--ranks is 0: it must be at least 1"),
+        (2, 80, "token", "--port is 80: it must be within 1024 and 65535"),
+        (2, 6379, "disabled", "RAY_AUTH_MODE is 'disabled'"),
     ],
 )
-def test_refused_clusters(arguments: tuple[str, ...], environment: dict[str, str], message: str) -> None:
-    result = ray_up(*arguments, **environment)
-    assert result.returncode != 0
-    assert message in result.stderr
+def test_refused_clusters(ranks: int, port: int, mode: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    with pytest.raises(ray_cluster.RayClusterError, match=message):
+        ray_cluster.start(ranks, port)
 
 
-def test_a_cluster_is_reachable_from_this_machine_only() -> None:
-    with running_cluster(1) as variables:
-        port = int(variables["RAY_ADDRESS"].split(":")[1])
-        processes = ray_cluster.cluster_processes(port)
-        assert {"gcs_server", "raylet"} <= {process.name() for process in processes}
-        assert ray_cluster.exposed_addresses(processes) == []
+def test_a_second_cluster_at_a_port_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
         result = ray_up("--ranks", "1", "--port", str(port))
-        assert result.returncode != 0
-        assert f"port {port} is taken" in result.stderr
-    assert ray_cluster.cluster_processes(port) == []
+    assert result.returncode != 0
+    assert f"vllm-twotower ray-up: port {port} is taken" in result.stderr
 
 
 def test_exposed_addresses_are_found() -> None:
-    import socket
-
     with socket.create_server(("0.0.0.0", 0)) as listener, socket.create_server(("127.0.0.1", 0)):
         port = listener.getsockname()[1]
-        assert f"0.0.0.0:{port}" in ray_cluster.exposed_addresses([psutil.Process(os.getpid())])
+        assert ray_cluster.exposed_addresses([psutil.Process(os.getpid())]) == [f"0.0.0.0:{port}"]
+
+
+def test_an_exposed_cluster_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "exposed_addresses", lambda processes: ["0.0.0.0:1234"])
+    port = free_port()
+    with pytest.raises(ray_cluster.RayClusterError, match="Ray listened on 0.0.0.0:1234"):
+        ray_cluster.start(1, port)
+    assert ray_cluster.cluster_processes(port) == []
+
+
+def test_killed_raylet(cluster: dict[str, str], tmp_path: Path) -> None:
+    """Last, since the cluster does not survive it."""
+    with over_ray(tmp_path / "log", cluster) as deployment, ends_in_errors(deployment, "raylet"):
+        [raylet] = [p for p in ray_cluster.cluster_processes(deployment.port) if p.name() == "raylet"]
+        raylet.kill()

@@ -1,0 +1,110 @@
+"""Servers of the tiny model with two ranks, and what must become of them when a part of them dies."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import psutil
+from serving import REPOSITORY, Server, running_server, wait_until
+
+from vllm_twotower import ray_cluster
+
+TINY = REPOSITORY / "models/tiny-twotower"
+CONFIG = ("--config", str(REPOSITORY / "configs/ray-tp2.yaml"))
+PROMPT = "Question: Tom has 12 apples and buys 7 more. How many apples does he have?\nAnswer:"
+FAULT_SECONDS = 30
+_SHARED_MEMORY = "/dev/shm/"
+
+
+@dataclass
+class Deployment:
+    """A server and the cluster it runs on; ``port`` is the cluster's, 0 without one."""
+
+    server: Server
+    port: int = 0
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks' processes; over processes in the ranks' order."""
+        if self.port:
+            found, name = ray_cluster.cluster_processes(self.port), "RayWorkerProc"
+        else:
+            found, name = psutil.Process(self.server.process.pid).children(recursive=True), "VLLM::Worker_TP"
+        ranks = [process for process in found if name in " ".join(process.cmdline())]
+        assert len(ranks) == 2
+        return sorted(ranks, key=lambda process: process.cmdline())
+
+    def processes(self) -> list[psutil.Process]:
+        """All that must end with the server."""
+        server = psutil.Process(self.server.process.pid)
+        return list(dict.fromkeys([server, *server.children(recursive=True), *self.ranks()]))
+
+
+@contextmanager
+def over_ray(log: Path, cluster: dict[str, str]) -> Iterator[Deployment]:
+    """A server as configs/ray-tp2.yaml describes it, on the cluster with these variables."""
+    with running_server(TINY, log, *CONFIG, environment=cluster) as server:
+        yield Deployment(server, port_of(cluster))
+
+
+@contextmanager
+def over_processes(log: Path, **environment: str) -> Iterator[Deployment]:
+    """The same server without Ray."""
+    options = (*CONFIG, "--distributed-executor-backend", "mp")
+    with running_server(TINY, log, *options, environment=environment) as server:
+        yield Deployment(server)
+
+
+def port_of(cluster: dict[str, str]) -> int:
+    return int(cluster["RAY_ADDRESS"].split(":")[1])
+
+
+def complete(server: Server, **options: object) -> str:
+    """The answer to a greedy request."""
+    arguments = {"prompt": PROMPT, "max_tokens": 64, "temperature": 0, **options}
+    return server.openai.completions.create(model=server.model, **arguments).choices[0].text
+
+
+@contextmanager
+def ends_in_errors(deployment: Deployment, words: str) -> Iterator[None]:
+    """The body causes a fault: all requests end in errors, the server ends and says why, and nothing is left of it."""
+    server, processes = deployment.server, deployment.processes()
+    errors: list[Exception] = []
+    for number in range(4):
+        threading.Thread(target=_endless_request, args=(server, number % 2 == 0, errors), daemon=True).start()
+    wait_until(lambda: server.metrics()["vllm:num_requests_running"] == 4, "four requests run")
+    segments = {segment for process in processes for segment in _segments(process)}
+    assert any(segment.exists() for segment in segments), "the ranks' message queues"
+    deadline = time.monotonic() + FAULT_SECONDS
+    yield
+    wait_until(lambda: len(errors) == 4, "every request is answered", deadline - time.monotonic())
+    assert all(isinstance(error, openai.APIError) for error in errors), errors
+    assert server.process.wait(timeout=deadline - time.monotonic()) != 0
+    _, alive = psutil.wait_procs(processes, timeout=deadline - time.monotonic())
+    assert not alive
+    assert words in server.log_text()
+    wait_until(lambda: not any(segment.exists() for segment in segments), f"{segments} are gone", 10)
+
+
+def _endless_request(server: Server, stream: bool, errors: list[Exception]) -> None:
+    """Requests without an end; notes how it comes nevertheless."""
+    endless = {"prompt": PROMPT, "max_tokens": 1500, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    try:
+        while True:
+            answer = server.openai.completions.create(model=server.model, stream=stream, **endless)
+            for _ in answer if stream else ():
+                pass
+    except openai.APITimeoutError:
+        return  # no answer
+    except Exception as error:
+        errors.append(error)
+
+
+def _segments(process: psutil.Process) -> set[Path]:
+    """The shared memory that a process has mapped, by name."""
+    return {Path(entry.path) for entry in process.memory_maps() if entry.path.startswith(_SHARED_MEMORY)}

@@ -1,0 +1,49 @@
+"""Servers of several processes without Ray: faults of ranks, and independent replicas."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+from deployments import TINY, complete, ends_in_errors, over_processes
+from prometheus_client.parser import text_string_to_metric_families
+from serving import REPOSITORY, running_server
+
+
+def test_killed_rank(tmp_path: Path) -> None:
+    with over_processes(tmp_path / "log") as deployment, ends_in_errors(deployment, "died unexpectedly"):
+        deployment.ranks()[1].kill()
+
+
+def test_rank_without_memory(tmp_path: Path) -> None:
+    """An error in a rank whose results nobody reads."""
+    words = "Rank 1 failed and ends, and the engine with it"
+    # So that the memory of a large request comes from the system, not from what the rank had before.
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    with over_processes(tmp_path / "log", **environment) as deployment, ends_in_errors(deployment, words):
+        deployment.ranks()[1].rlimit(psutil.RLIMIT_AS, (1 << 20, 1 << 20))
+        with pytest.raises(openai.APIError):
+            complete(deployment.server, prompt=[5] * 1500, extra_body={"prompt_logprobs": 1})
+
+
+def test_replicas_without_experts(tmp_path: Path) -> None:
+    """Two engines behind one port share the requests and answer as one does."""
+    config = str(REPOSITORY / "configs/tiny-cpu.yaml")
+    options = ("--config", config, "--data-parallel-size", "2", "--api-server-count", "1")
+    with running_server(TINY, tmp_path / "log", *options) as server:
+        with ThreadPoolExecutor(8) as pool:
+            answers = set(pool.map(lambda _: complete(server), range(8)))
+        assert len(answers) == 1
+        assert "The answer is 19." in answers.pop()
+        families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=30).text)
+        tokens = [
+            {sample.labels["engine"]: sample.value for sample in family.samples if sample.name.endswith("_total")}
+            for family in families
+            if family.name == "vllm:generation_tokens"
+        ]
+        assert set(tokens[0]) == {"0", "1"}
+        assert all(tokens[0].values())
