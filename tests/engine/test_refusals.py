@@ -24,6 +24,9 @@ def config(**options: Any):
     [
         ({"attention_backend": "FLASHINFER"}, ("attention_config.backend", "FLASHINFER", "FLASH_ATTN")),
         ({"pipeline_parallel_size": 2}, ("pipeline_parallel_size=2", "tensor parallelism")),
+        ({"enable_expert_parallel": True}, ("enable_expert_parallel=True", "divided by width")),
+        ({"data_parallel_size": 2}, ("data_parallel_size=2", "experts", "independent servers")),
+        ({"tensor_parallel_size": 3}, ("tensor_parallel_size=3", "num_attention_heads (4)", "sizes that fit: 1, 2")),
         ({"prefix_match_unit": 16}, ("prefix_match_unit=16", "whole pages")),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
@@ -73,6 +76,11 @@ def test_prefix_caching_can_be_turned_off() -> None:
     made = config(enable_prefix_caching=False)
     assert not made.cache_config.enable_prefix_caching
     assert made.cache_config.mamba_cache_mode == "none"
+
+
+@pytest.mark.parametrize(("chosen", "used"), [("auto", "vllm_twotower.engine.worker.RankOnCPU"), ("my.Worker",) * 2])
+def test_ranks_notice_their_errors_unless_the_user_has_a_worker(chosen: str, used: str) -> None:
+    assert config(tensor_parallel_size=2, worker_cls=chosen).parallel_config.worker_cls == used
 
 
 def test_diffusion_config_sets_the_canvas() -> None:

@@ -33,6 +33,10 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
         hf_config = model_config.hf_config
         if getattr(hf_config, "canvas_length", None) is None:
             hf_config.canvas_length = DEFAULT_CANVAS_LENGTH
+        if "E" not in hf_config.hybrid_override_pattern and getattr(hf_config, "n_routed_experts", 0):
+            # vLLM takes a model for one with experts by this number, and would run its replicas in step.
+            hf_config.n_routed_experts = 0
+            model_config.model_arch_config = model_config.get_model_arch_config()
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
@@ -133,9 +137,10 @@ def _check_ranks(vllm_config: VllmConfig) -> None:
     """Raises ValueError if the model cannot be divided over the ranks, or Ray has too few devices for them."""
     parallel, hf_config = vllm_config.parallel_config, vllm_config.model_config.hf_config
     has_experts = "E" in hf_config.hybrid_override_pattern
-    if has_experts and parallel.enable_expert_parallel and current_platform.is_cpu():
+    if has_experts and parallel.enable_expert_parallel:
         raise ValueError(
-            "enable_expert_parallel=True is not supported for TwoTower models on CPUs: their experts are split by width"
+            "enable_expert_parallel=True is not supported for TwoTower models: experts are divided by width, so that "
+            "all ranks have the same work"
         )
     if has_experts and parallel.data_parallel_size > 1:
         raise ValueError(
