@@ -78,7 +78,6 @@ def start(ranks: int, port: int, threads: int = 0) -> dict[str, str]:
             f"--port={port}",
             f"--num-gpus={ranks}",
             "--include-dashboard=false",
-            "--ray-client-server-port=0",  # no such server: ranks need none
             "--disable-usage-stats",
         ],
         environment,
@@ -113,7 +112,9 @@ def cluster_processes(port: int) -> list[psutil.Process]:
     session = _session(port)
     if session is None:
         return []
-    found = dict.fromkeys(process for process, command in _commands() if session in command)
+    # The server of Ray's client, which ranks do not use but a head always has, does not name the session.
+    names = (session, f"ray.util.client.server --address={LOOPBACK}:{port} ")
+    found = dict.fromkeys(process for process, command in _commands() if any(name in command for name in names))
     for process in list(found):
         with suppress(psutil.NoSuchProcess):
             found |= dict.fromkeys(process.children(recursive=True))
