@@ -11,12 +11,17 @@ import torch
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 
+SHARED = {"gpu_memory_utilization": 0.1}  # test processes may share the device
+
+
 @pytest.fixture(autouse=True, scope="module")
 def without_tf32() -> Iterator[None]:
-    """TF32 would round the goldens' decisions differently."""
+    """TF32, the default of Triton's matrix products of fp32, would round the goldens' decisions differently."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_F32_DEFAULT", "ieee")
+        yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
@@ -28,7 +33,7 @@ def test_goldens_in_fp32(name: str, commit: str) -> None:
 
     runs = golden_data.diffusion_runs(name) + golden_data.diffusion_runs(name, "eos_runs")
     prompts = golden_data.prompts(name)
-    with running_engine(golden_data.checkpoint(name), {"commit": commit}) as llm:
+    with running_engine(golden_data.checkpoint(name), {"commit": commit}, **SHARED) as llm:
         assert run_all(llm, runs) == [run.tokens for run in runs]
         assert run_all(llm, runs[::5]) == [run.tokens for run in runs[::5]]
         for mode in ("ar", "mock_ar"):
@@ -44,7 +49,7 @@ def test_bf16_runs(name: str) -> None:
     from engines import assert_idle, run_all, running_engine
 
     runs = golden_data.diffusion_runs(name)
-    with running_engine(golden_data.checkpoint(name), dtype="bfloat16") as llm:
+    with running_engine(golden_data.checkpoint(name), dtype="bfloat16", **SHARED) as llm:
         for run, tokens in zip(runs, run_all(llm, runs), strict=True):
             assert len(tokens) == run.max_new_tokens
             assert all(0 <= token < 320 and token != run.mask_token_id for token in tokens)
@@ -63,7 +68,7 @@ def test_every_option_equals_the_oracle(commit: str) -> None:
 
     rng = random.Random(1)
     requests = [draw_request(rng) for _ in range(64)]
-    with running_engine(golden_data.checkpoint("A"), {"commit": commit}, max_num_seqs=64) as llm:
+    with running_engine(golden_data.checkpoint("A"), {"commit": commit}, max_num_seqs=64, **SHARED) as llm:
         outputs = generate(llm, [request.prompt for request in requests], [request.params() for request in requests])
         for request, output in zip(requests, outputs, strict=True):
             want = expected(model(), request.prompt, request.params(llm.get_tokenizer()))

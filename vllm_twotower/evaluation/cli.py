@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("model", type=Path, help="checkpoint folder")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation"), help="folder (default: %(default)s)")
-    parser.add_argument("--problems", type=int, default=1000, help="to choose on, and as many to report")
+    parser.add_argument("--problems", type=int, default=2000, help="to choose on, and as many to report")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0])
     parser.add_argument("--steps", type=int, nargs="*", default=[1, 2, 4, 8], help="passes a block at most")
     parser.add_argument("--widths", type=int, nargs="*", default=[4, 8, 16, 32, 64], help="block widths")
