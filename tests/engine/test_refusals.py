@@ -26,7 +26,7 @@ def config(**options: Any):
         ({"pipeline_parallel_size": 2}, ("pipeline_parallel_size=2", "tensor parallelism")),
         ({"enable_expert_parallel": True}, ("enable_expert_parallel=True", "divided by width")),
         ({"data_parallel_size": 2}, ("data_parallel_size=2", "experts", "independent servers")),
-        ({"tensor_parallel_size": 3}, ("tensor_parallel_size=3", "num_attention_heads (4)", "sizes that fit: 1, 2")),
+        ({"tensor_parallel_size": 3}, ("tensor_parallel_size=3", "num_key_value_heads (2)", "sizes that fit: 1, 2")),
         ({"prefix_match_unit": 16}, ("prefix_match_unit=16", "whole pages")),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
