@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from vllm_twotower import ray_cluster
 
 TINY = REPOSITORY / "models/tiny-twotower"
 CONFIG = ("--config", str(REPOSITORY / "configs/ray-tp2.yaml"))
-PROMPT = "Question: Tom has 12 apples and buys 7 more. How many apples does he have?\nAnswer:"
+PROMPT = json.loads((TINY / "heldout.jsonl").read_text().splitlines()[0])["prompt"]
 FAULT_SECONDS = 30
 _SHARED_MEMORY = "/dev/shm/"
 

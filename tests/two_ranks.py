@@ -93,10 +93,12 @@ def main(executor: str, output: Path) -> None:
             drawn = random_requests()
             found["random"] = generate(ids([one.prompt for one in drawn]), [one.params() for one in drawn])
             found["random_exchanges"] = llm.collective_rpc(exchanged)
+        llm.llm_engine.engine_core.shutdown()
         del llm, generate
     output.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions to run in the workers
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # servers have their engine in a process; here it takes seconds
     main(sys.argv[1], Path(sys.argv[2]))

@@ -31,7 +31,6 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     output = tmp_path_factory.mktemp("two-ranks") / "results.json"
     command = [sys.executable, str(TESTS / "two_ranks.py"), request.param, str(output)]
     environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     if request.param == "ray":
         with running_cluster(2, PYTHONPATH=str(TESTS)) as variables:
             run(command, environment | variables)
