@@ -24,6 +24,7 @@ from closed_loop import TINY, Outcome, Stretch, closed_loop, in_turns, metric_va
 from summary import Summary
 
 from vllm_twotower.offline import fastest_dtype
+from vllm_twotower.training.problems import stated_result
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -88,7 +89,7 @@ def measure(
     ar_tokens_per_pass = ar_outcome.whole.tokens / ar_passes
     for name, runs in results.items():
         outcome, passes = runs[0]
-        right = sum(problem["result"] == _result(outcome.texts[i]) for i, problem in enumerate(asked))
+        right = sum(problem["result"] == stated_result(outcome.texts[i]) for i, problem in enumerate(asked))
         print(
             f"| {num_open} | {name} | {speed[name]:.0f} | {speed[name] / speed[AR]:.2f} "
             f"| {outcome.whole.tokens / passes:.2f} | {right}/{len(asked)} | {passes:.0f} |",
@@ -101,10 +102,6 @@ def measure(
     for name, plain in ((AR, PLAIN_AR), (f"threshold {threshold}", f"{PLAIN}, threshold {threshold}")):
         if plain in speed:
             summary.add(f"engine, {name}, {num_open} open", speed[name], plain, speed[plain], "tokens/s")
-
-
-def _result(text: str) -> str:
-    return text.rpartition("The answer is ")[2].rstrip(".\n ")
 
 
 def engine_variants(llm: LLM, args: argparse.Namespace, counts_passes: bool) -> dict[str, Run]:

@@ -12,6 +12,8 @@ import pytest
 from serving import Server
 from vllm.tokenizers import get_tokenizer
 
+from vllm_twotower.training.problems import stated_result
+
 PROBLEMS = 20
 SCHEMA = {
     "type": "object",
@@ -37,7 +39,7 @@ def question(problem: dict[str, str]) -> list[dict[str, str]]:
 
 
 def is_right(text: str, problem: dict[str, str]) -> bool:
-    return f"The answer is {problem['result']}." in text
+    return stated_result(text) == problem["result"]
 
 
 def test_profile_names_the_model(tiny_server: Server) -> None:
@@ -59,7 +61,7 @@ def test_chat_answers_held_out_problems(tiny_server: Server, tiny_folder: Path, 
         [choice] = answer.choices
         if not is_right(choice.message.content, problem) or choice.finish_reason != "stop":
             wrong.append((problem["prompt"], choice.message.content, choice.finish_reason))
-    assert len(wrong) < PROBLEMS / 2, wrong
+    assert len(wrong) <= 1, wrong
 
 
 def test_chat_is_the_completion_of_the_templated_prompt(tiny_server: Server, tiny_folder: Path) -> None:

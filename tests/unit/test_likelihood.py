@@ -47,7 +47,7 @@ def score(right: int, passes: int) -> Score:
     ],
 )
 def test_the_fastest_threshold_that_keeps_the_quality(scores: dict[float, Score], chosen: float):
-    assert choose_threshold(score(959, 4000), scores) == chosen
+    assert choose_threshold(score(959, 4000), scores, retain=0.987) == chosen
 
 
 def test_problems_are_held_out_and_do_not_overlap():
@@ -130,7 +130,8 @@ def test_a_report_for_any_threshold(tmp_path, chosen: float):
     entry = {"right": 3, "problems": 4, "accuracy": 0.75, "tokens_per_pass": 2.0, "steps_per_block": {"2.0": 5}}
     entry["right_by_family"] = {"addition": (3, 4)}
     results = {
-        "model": "a-model", "dtype": "float32", "problems": 4, "max_tokens": 8, "chosen": chosen, "unmasking": [[1.0]],
+        "model": "a-model", "dtype": "float32", "problems": 4, "max_tokens": 8, "retain": 0.99, "chosen": chosen,
+        "unmasking": [[1.0]],
         "chosen_on": {"ar": entry}, "thresholds": {f"{chosen:g}": entry}, "steps": {}, "widths": {},
         "reported": {"ar": entry, f"threshold {chosen:g}": entry, "threshold 1": entry},
         "speed": {"ar": 2.0, f"threshold {chosen:g}": 5.0},

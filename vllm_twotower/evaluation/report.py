@@ -15,8 +15,8 @@ def markdown(results: Results) -> str:
             f"# {results['model']}",
             "",
             f"{results['problems']} held-out problems, greedy, at most {results['max_tokens']} tokens, "
-            f"{results['dtype']}. Thresholds were compared on {results['problems']} other problems; "
-            f"{results['chosen']} was chosen there.",
+            f"{results['dtype']}. Thresholds were compared on {results['problems']} other problems; {results['chosen']} "
+            f"was chosen there, the fastest that keeps {results['retain']:.1%} of AR's right answers, or else the best.",
             "",
             *_modes(results),
             "",

@@ -176,7 +176,7 @@ class TrainConfig:
     tokenizer: TokenizerConfig | None = None
     ar: StageConfig | None = None
     init_from: str = ""
-    data_workers: int = 0  # processes that make batches ahead; a GPU wants several, on a CPU they compete with it
+    data_workers: int = 0  # at most so many processes make batches ahead, one less than there are cores; for GPUs
 
     def __post_init__(self) -> None:
         if self.init_from:

@@ -87,7 +87,8 @@ def run_stage(model: TwoTowerModel, stage: Stage, config: TrainConfig, run_dir: 
     started, saved = time.monotonic() - progress.seconds, time.monotonic()
     recent: list[tuple[Tensor, Tensor]] = []
     steps = range(progress.step, stage.config.steps)
-    batches = DataLoader(_Batches(stage), batch_size=None, sampler=steps, num_workers=config.data_workers)
+    workers = min(config.data_workers, (os.cpu_count() or 1) - 1)
+    batches = DataLoader(_Batches(stage), batch_size=None, sampler=steps, num_workers=workers)
     with _progress_bar(stage, progress) as bar:
         for step, batch in zip(steps, batches, strict=True):
             recent.append(_train_step(model, stage, loss_function, optimizer, batch, step, config.bf16_autocast))
