@@ -27,6 +27,8 @@ ENGINES = {
     "two over mp": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
     "two over ray": {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
 }
+PORT = 6390
+"""Of the script's own cluster: not Ray's usual one."""
 
 
 def main() -> None:
@@ -34,8 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=TINY)
     parser.add_argument("--open", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
     Summary.add_argument(parser)
     args = parser.parse_args()
     with cluster():
@@ -48,12 +50,11 @@ def cluster() -> Iterator[None]:
     if "RAY_ADDRESS" in os.environ:
         yield
         return
-    port = 6390
-    os.environ |= ray_cluster.start(2, port)
+    os.environ |= ray_cluster.start(2, PORT)
     try:
         yield
     finally:
-        ray_cluster.end(port)
+        ray_cluster.end(PORT)
 
 
 def measure(args: argparse.Namespace, summary: Summary) -> None:
