@@ -53,6 +53,7 @@ def exchanged(worker: Any) -> dict[str, int]:
 
 def main(executor: str, output: Path) -> None:
     """Runs everything."""
+    import ray
     from vllm import LLM, SamplingParams
 
     results: dict[str, Any] = {}
@@ -94,6 +95,8 @@ def main(executor: str, output: Path) -> None:
             found["random"] = generate(ids([one.prompt for one in drawn]), [one.params() for one in drawn])
             found["random_exchanges"] = llm.collective_rpc(exchanged)
         llm.llm_engine.engine_core.shutdown()
+        if executor == "ray":
+            ray.shutdown()  # else its devices stay with this process
         del llm, generate
     output.write_text(json.dumps(results))
 

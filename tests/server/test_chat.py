@@ -61,7 +61,7 @@ def test_chat_answers_held_out_problems(tiny_server: Server, tiny_folder: Path, 
         [choice] = answer.choices
         if not is_right(choice.message.content, problem) or choice.finish_reason != "stop":
             wrong.append((problem["prompt"], choice.message.content, choice.finish_reason))
-    assert len(wrong) <= 1, wrong
+    assert len(wrong) <= PROBLEMS / 5, wrong
 
 
 def test_chat_is_the_completion_of_the_templated_prompt(tiny_server: Server, tiny_folder: Path) -> None:

@@ -15,8 +15,9 @@ def markdown(results: Results) -> str:
             f"# {results['model']}",
             "",
             f"{results['problems']} held-out problems, greedy, at most {results['max_tokens']} tokens, "
-            f"{results['dtype']}. Thresholds were compared on {results['problems']} other problems; {results['chosen']} "
-            f"was chosen there, the fastest that keeps {results['retain']:.1%} of AR's right answers, or else the best.",
+            f"{results['dtype']}. Thresholds were compared on {results['problems']} other problems: "
+            f"{results['chosen']} is the fastest there that keeps {results['retain']:.1%} of AR's right answers, "
+            "or else the best.",
             "",
             *_modes(results),
             "",
