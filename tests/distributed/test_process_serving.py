@@ -9,13 +9,13 @@ import httpx
 import openai
 import psutil
 import pytest
-from deployments import TINY, complete, ends_in_errors, over_processes
+from deployments import KILLED_RANK, TINY, complete, ends_in_errors, over_processes
 from prometheus_client.parser import text_string_to_metric_families
 from serving import REPOSITORY, running_server
 
 
 def test_killed_rank(tmp_path: Path) -> None:
-    with over_processes(tmp_path / "log") as deployment, ends_in_errors(deployment, "died unexpectedly"):
+    with over_processes(tmp_path / "log") as deployment, ends_in_errors(deployment, KILLED_RANK):
         deployment.ranks()[1].kill()
 
 

@@ -13,7 +13,18 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
-from deployments import CONFIG, FAULT_SECONDS, PROMPT, TINY, Deployment, complete, ends_in_errors, over_ray, port_of
+from deployments import (
+    CONFIG,
+    FAULT_SECONDS,
+    KILLED_RANK,
+    PROMPT,
+    TINY,
+    Deployment,
+    complete,
+    ends_in_errors,
+    over_ray,
+    port_of,
+)
 from ray_clusters import ray_up, running_cluster
 from serving import Server, free_port, refused_start, wait_until
 
@@ -49,15 +60,13 @@ class TestOverRay:
         check_clients(deployment.server)
 
     def test_no_device_left(self, deployment: Deployment, cluster: dict[str, str], tmp_path: Path) -> None:
-        started = time.monotonic()
         status, log = refused_start(TINY, tmp_path / "log", *CONFIG, environment=cluster)
         assert status != 0
         assert "2 ranks need as many GPUs of the Ray cluster, of which 0 are free (of 2)" in log
-        assert time.monotonic() - started < 2 * FAULT_SECONDS  # the imports of a start among them
         assert deployment.server.answers()
 
     def test_killed_rank(self, deployment: Deployment) -> None:
-        with ends_in_errors(deployment, "died unexpectedly"):
+        with ends_in_errors(deployment, KILLED_RANK):
             deployment.ranks()[1].kill()
 
 
@@ -90,11 +99,10 @@ def check_clients(server: Server) -> None:
     wait_until(lambda: server.metrics()["vllm:num_requests_running"] == 0, "aborted requests are gone")
 
 
-def test_no_cluster_is_refused(tmp_path: Path) -> None:
-    address = {"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
-    status, log = refused_start(TINY, tmp_path / "log", *CONFIG, environment=address)
-    assert status != 0
-    assert "vllm-twotower ray-up --ranks 2" in log
+def test_no_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    with pytest.raises(ValueError, match="needs a Ray cluster, .* vllm-twotower ray-up --ranks 2"):
+        check_ray_devices(2)
 
 
 def test_a_cluster_that_is_gone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
