@@ -59,10 +59,10 @@ def _families(results: Results) -> list[str]:
 
 def _likelihood(results: Results) -> list[str]:
     one = results["likelihood"]
-    offsets = " | ".join(f"{value:.2f}" for value in one["by_offset"])
+    offsets = " | ".join(f"{value:.3f}" for value in one["by_offset"])
     return [
-        f"Answers have {one['context']:.4f} nats a token by the context tower (perplexity {one['perplexity']:.3f}), "
-        f"at most {one['denoiser_bound']:.4f} by the denoiser in blocks.",
+        f"Answers have {one['context']:.2g} nats a token by the context tower (perplexity {one['perplexity']:.5g}), "
+        f"at most {one['denoiser_bound']:.2g} by the denoiser in blocks.",
         "",
         "Cross-entropy of wholly masked blocks by place:",
         "",
@@ -91,6 +91,7 @@ def _ablations(results: Results) -> list[str]:
 
 def draw(results: Results, folder: Path) -> None:
     """quality.png, steps_per_block.png and unmasking.png."""
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.6), layout="constrained")
@@ -101,6 +102,7 @@ def draw(results: Results, folder: Path) -> None:
         axes.annotate(value, (one["tokens_per_pass"], one["accuracy"]), textcoords="offset points", xytext=(4, 4))
     axes.axhline(results["chosen_on"]["ar"]["accuracy"], linestyle="--", color="gray", label="AR")
     axes.set(xlabel="tokens per denoiser pass", ylabel="right answers", title="quality against speed, by threshold")
+    axes.margins(x=0.12)
     axes.legend()
     figure.savefig(folder / "quality.png", dpi=110)
 
@@ -114,7 +116,11 @@ def draw(results: Results, folder: Path) -> None:
 
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(results["unmasking"], aspect="auto", origin="lower", vmin=0, vmax=1)
-    axes.set(xlabel="place in the block", ylabel="pass", title="share of blocks that commit a place in a pass")
+    shares = results["unmasking"]
+    passes = range(1, len(shares) + 1)
+    edges = (-0.5, len(shares[0]) - 0.5, 0.5, len(shares) + 0.5)
+    image = axes.imshow(shares, aspect="auto", origin="lower", extent=edges, norm=LogNorm(1e-3, 1, clip=True))
+    axes.set(xlabel="place in the block", ylabel="pass", yticks=list(passes))
+    axes.set_title("share of blocks that commit a place in a pass")
     figure.colorbar(image)
     figure.savefig(folder / "unmasking.png", dpi=110)
