@@ -298,7 +298,7 @@ def seen(server: Server, oracle: TwoTowerModel, tokenizer: TokenizerLike) -> Ite
     assert "Traceback" not in server.log_text()[log_start:]
 
 
-@examples(60)
+@examples(25)
 @given(st.lists(sound(), min_size=1, max_size=3), wrong())
 def test_sound_requests_are_answered_exactly(
     seen: Examples, asked: list[Sound], beside: tuple[str, dict[str, Any]]
@@ -313,7 +313,7 @@ def test_sound_requests_are_answered_exactly(
     seen.done()
 
 
-@examples(170)
+@examples(100)
 @given(wrong())
 def test_wrong_fields_are_named(seen: Examples, asked: tuple[str, dict[str, Any]]) -> None:
     name, body = asked
@@ -321,7 +321,7 @@ def test_wrong_fields_are_named(seen: Examples, asked: tuple[str, dict[str, Any]
     seen.done()
 
 
-@examples(70)
+@examples(40)
 @given(sound(stream=False), st.dictionaries(st.sampled_from(JUNK_FIELDS), junk, min_size=1, max_size=4))
 def test_senseless_fields_do_no_harm(seen: Examples, asked: Sound, senseless: dict[str, Any]) -> None:
     """Some of them happen to make sense."""
