@@ -17,6 +17,7 @@ from vllm_twotower.config import EngineOptions
 from vllm_twotower.parallel import check_ray_devices, check_tensor_parallel_size
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm.config import ModelConfig, VllmConfig
 
 logger = init_logger(__name__)
@@ -33,7 +34,7 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
         hf_config = model_config.hf_config
         if getattr(hf_config, "canvas_length", None) is None:
             hf_config.canvas_length = DEFAULT_CANVAS_LENGTH
-        if "E" not in hf_config.hybrid_override_pattern and getattr(hf_config, "n_routed_experts", 0):
+        if not _has_experts(hf_config) and getattr(hf_config, "n_routed_experts", 0):
             # vLLM takes a model for one with experts by this number, and would run its replicas in step.
             hf_config.n_routed_experts = 0
             model_config.model_arch_config = model_config.get_model_arch_config()
@@ -133,10 +134,14 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         raise ValueError("VLLM_USE_V2_MODEL_RUNNER=0 is not supported for TwoTower models: unset it")
 
 
+def _has_experts(hf_config: PretrainedConfig) -> bool:
+    return "E" in hf_config.hybrid_override_pattern
+
+
 def _check_ranks(vllm_config: VllmConfig) -> None:
     """Raises ValueError if the model cannot be divided over the ranks, or Ray has too few devices for them."""
     parallel, hf_config = vllm_config.parallel_config, vllm_config.model_config.hf_config
-    has_experts = "E" in hf_config.hybrid_override_pattern
+    has_experts = _has_experts(hf_config)
     if has_experts and parallel.enable_expert_parallel:
         raise ValueError(
             "enable_expert_parallel=True is not supported for TwoTower models: experts are divided by width, so that "

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vllm_twotower.reference import TwoTowerModel, generate_mask_diffusion
+from vllm_twotower.evaluation.likelihood import Encode, answer
+from vllm_twotower.reference import TwoTowerModel
 from vllm_twotower.reference.layers import LayerState
 from vllm_twotower.training.problems import Problem, is_right
 
@@ -56,21 +57,17 @@ def ablated(model: TwoTowerModel, change: Change) -> TwoTowerModel:
 def ablations(
     model: TwoTowerModel,
     problems: Sequence[Problem],
-    encode: Callable[[str], list[int]],
+    encode: Encode,
     decode: Callable[[list[int]], str],
     bos: int,
     gamma: float,
     max_tokens: int,
 ) -> dict[str, int]:
     """Right answers to the problems by mask diffusion, greedily, for each of :data:`ABLATIONS`."""
-    config, right = model.config, {}
+    right = {}
     for name, change in ABLATIONS.items():
         variant, right[name] = ablated(model, change), 0
         for problem in problems:
-            generation = generate_mask_diffusion(
-                variant, [bos, *encode(problem.prompt)], max_tokens,
-                block_size=config.canvas_length, steps=config.canvas_length, gamma=gamma,
-                eos_token_id=config.eos_token_id,
-            )  # fmt: skip
-            right[name] += is_right(decode(generation.tokens), problem)
+            tokens = answer(variant, problem, encode, bos, gamma, max_tokens).tokens
+            right[name] += is_right(decode(tokens), problem)
     return right

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_twotower.reference import TwoTowerModel, generate_mask_diffusion
+from vllm_twotower.reference import Generation, TwoTowerModel, generate_mask_diffusion
 from vllm_twotower.training.problems import Problem
 
 Encode = Callable[[str], list[int]]
@@ -73,20 +73,26 @@ def likelihood(
     return Likelihood(context / tokens, bound / tokens, (offsets / counts.clamp(min=1)).tolist())
 
 
+def answer(
+    model: TwoTowerModel, problem: Problem, encode: Encode, bos: int, gamma: float, max_tokens: int
+) -> Generation:
+    """The answer by mask diffusion, greedily, in blocks of the model's width until the EOS token."""
+    config = model.config
+    return generate_mask_diffusion(
+        model, [bos, *encode(problem.prompt)], max_tokens,
+        block_size=config.canvas_length, steps=config.canvas_length, gamma=gamma, eos_token_id=config.eos_token_id,
+    )  # fmt: skip
+
+
 @torch.inference_mode()
 def unmasking_order(
     model: TwoTowerModel, problems: Sequence[Problem], encode: Encode, bos: int, gamma: float, max_tokens: int
 ) -> list[list[float]]:
     """How many of the blocks' positions each pass commits, by place in the block: (passes, S) shares of all blocks."""
-    config = model.config
-    width, mask = config.canvas_length, config.mask_token_id
+    width, mask = model.config.canvas_length, model.config.mask_token_id
     shares, blocks = torch.zeros(width, width), 0
     for problem in problems:
-        prompt = [bos, *encode(problem.prompt)]
-        generation = generate_mask_diffusion(
-            model, prompt, max_tokens, block_size=width, steps=width, gamma=gamma, eos_token_id=config.eos_token_id
-        )
-        for passes in generation.blocks:
+        for passes in answer(model, problem, encode, bos, gamma, max_tokens).blocks:
             blocks += 1
             for number, one in enumerate(passes):
                 before, after = torch.tensor(one.canvas_in), torch.tensor(one.canvas_out)
