@@ -18,7 +18,7 @@ from vllm_twotower.checkpoint import read_tensors
 from vllm_twotower.conversion import make_two_tower
 from vllm_twotower.evaluation.answers import held_out_problems
 from vllm_twotower.reference import TwoTowerModel
-from vllm_twotower.training import cli
+from vllm_twotower.training import cli, stages
 from vllm_twotower.training.config import (
     SourceConfig,
     SpecialTokens,
@@ -35,7 +35,7 @@ from vllm_twotower.training.data import (
     pack,
     step_rng,
 )
-from vllm_twotower.training.initialise import start_denoiser_from_context, tie_towers
+from vllm_twotower.training.initialise import initialise, start_denoiser_from_context, tie_towers
 from vllm_twotower.training.objective import ar_loss, weighted_cross_entropy
 from vllm_twotower.training.problems import (
     FAMILIES,
@@ -514,6 +514,22 @@ class TestTrainer:
             assert not changed & (context if frozen == "context" else before.keys() - context)
 
 
+def test_the_seed_decides_every_parameter(config):
+    """Also those of a model that was something else before, with experts."""
+    config.model.update(hybrid_override_pattern="M*-E", num_hidden_layers=4)
+    expected = new_model(config)
+    again = new_model(config)
+    with torch.no_grad():
+        for value in again.state_dict().values():
+            value.add_(1)
+    initialise(again, config.seed)
+    expected, again = expected.state_dict(), again.state_dict()
+    assert expected.keys() == again.keys()
+    assert [name for name in expected if not torch.equal(expected[name], again[name])] == []
+    other = new_model(replace(config, seed=config.seed + 1)).state_dict()
+    assert any(not torch.equal(expected[name], other[name]) for name in other if name.endswith("mixer.gate.weight"))
+
+
 def test_from_a_nemotron_h_checkpoint_to_a_trained_two_tower(tmp_path, tokenizer):
     """`init`, then training of the denoiser on a JSONL file, then the exported folder."""
     pytest.importorskip("matplotlib")
@@ -560,3 +576,19 @@ def test_the_command_trains_and_exports(tmp_path):
     cli.run(parser.parse_args([str(path), "--only", "export"]))
     assert "## Evaluation\n\nMost were right." in (folder / "README.md").read_text()
     assert (folder / "loss.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("capability", [None, "avx512_bf16", "amx_bf16", "bf16"])
+def test_autocast_where_the_processor_has_bf16(tmp_path, monkeypatch, capsys, capability):
+    """Elsewhere a bf16 product takes up to a hundred times as long as one in fp32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx2": True} | ({capability: True} if capability else {})
+    )
+    trained = []
+    monkeypatch.setattr(stages, "train", lambda config, run_dir: trained.append(config.bf16_autocast))
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(tiny_content(tmp_path) | {"bf16_autocast": True}))
+    cli.run_here(path, ["train"])
+    assert trained == [capability is not None]
+    assert ("no bf16 arithmetic" in capsys.readouterr().err) == (capability is None)

@@ -5,6 +5,8 @@ On several processes: torchrun --nproc-per-node 2 -m vllm_twotower.training CONF
 
 import argparse
 import os
+import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +42,7 @@ def run_here(path: Path, only: list[str] | None) -> None:
     import torch
 
     from vllm_twotower.training.config import TrainConfigError, load_config
-    from vllm_twotower.training.distributed import process_group, rank
+    from vllm_twotower.training.distributed import has_bf16, process_group, rank
     from vllm_twotower.training.stages import train
 
     try:
@@ -48,6 +50,9 @@ def run_here(path: Path, only: list[str] | None) -> None:
     except TrainConfigError as error:
         raise SystemExit(f"vllm-twotower train: {path}: {error}") from None
     torch.set_num_threads(config.threads)
+    if config.bf16_autocast and not has_bf16():
+        print("bf16_autocast is true, but this device has no bf16 arithmetic: training in fp32", file=sys.stderr)
+        config = replace(config, bf16_autocast=False)
     if torch.cuda.is_available() and config.bf16_autocast:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     run_dir = Path(config.run_dir)

@@ -49,6 +49,14 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def has_bf16() -> bool:
+    """Whether this process's device multiplies bf16 matrices itself; a CPU that does not is far slower than in fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one: Arm
+
+
 def barrier() -> None:
     """Waits for the other processes."""
     if dist.is_initialized():

@@ -6,16 +6,20 @@ import torch
 from torch import nn
 
 from vllm_twotower.reference import TwoTowerModel
-from vllm_twotower.reference.layers import Mamba2
+from vllm_twotower.reference.layers import GatedGroupRMSNorm, Mamba2, RMSNorm, Router
 
 EMBEDDING_STD = 0.3
 HEAD_STD = 0.02  # first predictions nearly uniform
+ROUTER_STD = 0.02
 DT_RANGE = (1e-3, 0.1)  # Mamba-2's time steps at the start (arXiv 2405.21060, reference code)
 A_RANGE = (1.0, 16.0)
 
 
 def initialise(model: TwoTowerModel, seed: int) -> None:
-    """Random weights, the same for the same seed: 1/sqrt(inputs), outputs of residual branches 1/sqrt(layers) of it."""
+    """Random weights, 1/sqrt(inputs), outputs of residual branches 1/sqrt(layers) of it; norms are 1.
+
+    Every parameter is set, by the seed alone: whatever the model was before.
+    """
     generator = torch.Generator().manual_seed(seed)
     depth = len(model.config.pattern)
     for name, module in model.named_modules():
@@ -30,6 +34,11 @@ def initialise(model: TwoTowerModel, seed: int) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=EMBEDDING_STD, generator=generator)
+        elif isinstance(module, Router):
+            nn.init.normal_(module.weight, std=ROUTER_STD, generator=generator)
+            nn.init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, (RMSNorm, GatedGroupRMSNorm)):
+            nn.init.ones_(module.weight)
         elif isinstance(module, Mamba2):
             _initialise_mamba(module, generator)
     start_denoiser_from_context(model)
