@@ -32,14 +32,14 @@ DEFAULTS: dict[str, Any] = {
 @contextmanager
 def running_engine(model: Path, twotower: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:
     """An engine on ``model``; ``options`` override ``DEFAULTS``, ``twotower`` goes to its additional config."""
+    gc.freeze()  # vLLM collects garbage eight times while it starts: not among all that is imported
     llm = LLM(model=str(model), **{**DEFAULTS, "additional_config": {"twotower": twotower or {}}, **options})
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()  # also collects the engine's garbage
 
 
 def core(llm: LLM) -> Any:
