@@ -13,7 +13,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -95,7 +94,7 @@ def end(port: int) -> None:
     """
     from ray._common.utils import get_ray_address_file
 
-    session, processes = _session(port), cluster_processes(port)
+    session, processes = _find(port)
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
@@ -109,29 +108,25 @@ def end(port: int) -> None:
 
 def cluster_processes(port: int) -> list[psutil.Process]:
     """The processes of the cluster whose head listens at the port, and their children, workers among them."""
-    session = _session(port)
-    if session is None:
-        return []
+    return _find(port)[1]
+
+
+def _find(port: int) -> tuple[str | None, list[psutil.Process]]:
+    """The folder of the cluster's session, which the commands of its processes name, and the processes."""
+    commands = {
+        process: " ".join([*(process.info["cmdline"] or ()), ""]) for process in psutil.process_iter(["cmdline"])
+    }
+    head = next((command for command in commands.values() if f"--gcs_server_port={port} " in command), None)
+    if head is None:
+        return None, []
+    session = re.search(r"--log_dir=(\S+)/logs ", head)[1]
     # The server of Ray's client, which ranks do not use but a head always has, does not name the session.
     names = (session, f"ray.util.client.server --address={LOOPBACK}:{port} ")
-    found = dict.fromkeys(process for process, command in _commands() if any(name in command for name in names))
+    found = dict.fromkeys(process for process, command in commands.items() if any(name in command for name in names))
     for process in list(found):
         with suppress(psutil.NoSuchProcess):
             found |= dict.fromkeys(process.children(recursive=True))
-    return list(found)
-
-
-def _session(port: int) -> str | None:
-    """The folder of the cluster's session, which the commands of its processes name."""
-    for _, command in _commands():
-        if f"--gcs_server_port={port} " in command:
-            return re.search(r"--log_dir=(\S+)/logs ", command)[1]
-    return None
-
-
-def _commands() -> Iterator[tuple[psutil.Process, str]]:
-    for process in psutil.process_iter(["cmdline"]):
-        yield process, " ".join([*(process.info["cmdline"] or ()), ""])
+    return session, list(found)
 
 
 def exposed_addresses(processes: list[psutil.Process]) -> list[str]:

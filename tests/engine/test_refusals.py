@@ -78,7 +78,7 @@ def test_prefix_caching_can_be_turned_off() -> None:
     assert made.cache_config.mamba_cache_mode == "none"
 
 
-@pytest.mark.parametrize(("chosen", "used"), [("auto", "vllm_twotower.engine.worker.RankOnCPU"), ("my.Worker",) * 2])
+@pytest.mark.parametrize(("chosen", "used"), [("auto", "vllm_twotower.engine.worker.RankWorker"), ("my.Worker",) * 2])
 def test_ranks_notice_their_errors_unless_the_user_has_a_worker(chosen: str, used: str) -> None:
     assert config(tensor_parallel_size=2, worker_cls=chosen).parallel_config.worker_cls == used
 

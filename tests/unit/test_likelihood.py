@@ -12,7 +12,7 @@ from vllm_twotower.checkpoint import TwoTowerConfig
 from vllm_twotower.evaluation.ablations import ABLATIONS, ablated
 from vllm_twotower.evaluation.answers import Score, held_out_problems
 from vllm_twotower.evaluation.cli import choose_threshold
-from vllm_twotower.evaluation.likelihood import likelihood, unmasking_order
+from vllm_twotower.evaluation.likelihood import answers, likelihood, unmasking_order
 from vllm_twotower.evaluation.report import draw, markdown
 from vllm_twotower.reference import TwoTowerModel
 from vllm_twotower.training.initialise import initialise
@@ -96,7 +96,8 @@ def test_likelihoods_of_blocks_of_one_token():
 
 
 def test_the_order_of_unmasking_covers_every_place():
-    order = unmasking_order(model(4), held_out_problems(3, 0)[0], encode, 1, gamma=1.0, max_tokens=8)
+    given = answers(model(4), held_out_problems(3, 0)[0], encode, 1, gamma=1.0, max_tokens=8)
+    order = unmasking_order(given, width=4, mask=3)
     assert len(order) == 4  # one token a pass
     assert [sum(passes) for passes in order] == pytest.approx([1] * 4)
     assert [sum(column) for column in zip(*order, strict=True)] == pytest.approx([1] * 4)
@@ -108,16 +109,16 @@ def test_ablations_change_what_the_denoiser_sees_and_nothing_else():
     _, state = whole.advance_context(torch.tensor([prompt]), None)
     canvas, t = torch.full((4,), 3), torch.ones(1)
     logits = {name: ablated(whole, change).denoiser_logits(canvas, state, t) for name, change in ABLATIONS.items()}
-    assert torch.equal(logits["as trained"], whole.denoiser_logits(canvas, state, t))
+    as_trained = whole.denoiser_logits(canvas, state, t)
     nothing_left = whole.denoiser_logits(canvas, None, t)
     for name in ("no Mamba states of the context", "no keys and values of the context"):
-        assert not torch.allclose(logits[name], logits["as trained"], atol=1e-3)
+        assert not torch.allclose(logits[name], as_trained, atol=1e-3)
         assert not torch.allclose(logits[name], nothing_left, atol=1e-3)
     without_both = ablated(ablated(whole, ABLATIONS["no Mamba states of the context"]),
                            ABLATIONS["no keys and values of the context"])  # fmt: skip
     assert torch.equal(without_both.denoiser_logits(canvas, state, t), nothing_left)
     # An untrained time conditioning is neutral.
-    assert torch.equal(logits["t always 0.5"], logits["as trained"])
+    assert torch.equal(logits["t always 0.5"], as_trained)
     with torch.no_grad():
         whole.t_block[1].weight.normal_()
     frozen = ablated(whole, ABLATIONS["t always 0.5"])

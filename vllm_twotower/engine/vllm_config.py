@@ -198,11 +198,9 @@ def _choose_scheduler(vllm_config: VllmConfig) -> None:
 def _choose_worker(vllm_config: VllmConfig) -> None:
     """Ranks whose errors are noticed, unless the user or an unknown platform chooses otherwise."""
     parallel = vllm_config.parallel_config
-    if parallel.tensor_parallel_size > 1 and parallel.worker_cls == "auto":
-        if current_platform.is_cpu():
-            parallel.worker_cls = "vllm_twotower.engine.worker.RankOnCPU"
-        elif current_platform.is_cuda_alike():
-            parallel.worker_cls = "vllm_twotower.engine.worker.RankOnGPU"
+    is_known = current_platform.is_cpu() or current_platform.is_cuda_alike()
+    if parallel.tensor_parallel_size > 1 and parallel.worker_cls == "auto" and is_known:
+        parallel.worker_cls = "vllm_twotower.engine.worker.RankWorker"
 
 
 def _fit_scheduler(vllm_config: VllmConfig, options: EngineOptions) -> None:

@@ -1,4 +1,4 @@
-"""Workers of tensor-parallel ranks, an error in any of which ends the engine."""
+"""The worker of a tensor-parallel rank, an error in any of which ends the engine."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_worker import Worker
+from vllm.platforms import current_platform
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker
 
 logger = init_logger(__name__)
 
 
-class _EndsAfterErrors:
-    """Ends the process after an error in a rank whose results vLLM's executors do not read.
+class RankWorker(Worker):
+    """vLLM's worker; ends its process after an error in a rank whose results vLLM's executors do not read.
 
     They would not notice: the other ranks would wait for this one, in the next sum over them, until a timeout of
     minutes. An ended process they see at once.
@@ -37,11 +41,3 @@ class _EndsAfterErrors:
                 raise
             logger.exception("Rank %d failed and ends, and the engine with it.", self.rank)
             raise SystemExit(1) from error
-
-
-class RankOnCPU(_EndsAfterErrors, CPUWorker):
-    """vLLM's CPU worker as a tensor-parallel rank."""
-
-
-class RankOnGPU(_EndsAfterErrors, Worker):
-    """vLLM's GPU worker as a tensor-parallel rank."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +110,10 @@ def _likelihoods(args: argparse.Namespace, problems: list, chosen: float) -> dic
     import torch
     from transformers import AutoTokenizer
 
-    from vllm_twotower.evaluation.ablations import ablations
-    from vllm_twotower.evaluation.likelihood import likelihood, unmasking_order
-    from vllm_twotower.reference import TwoTowerModel
+    from vllm_twotower.evaluation.ablations import ABLATIONS, ablated
+    from vllm_twotower.evaluation.likelihood import answers, likelihood, unmasking_order
+    from vllm_twotower.reference import Generation, TwoTowerModel
+    from vllm_twotower.training.problems import is_right
 
     model = TwoTowerModel.from_pretrained(args.model, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -122,12 +122,19 @@ def _likelihoods(args: argparse.Namespace, problems: list, chosen: float) -> dic
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
+    def answered(by: TwoTowerModel) -> list[Generation]:
+        return answers(by, some, encode, tokenizer.bos_token_id, chosen, args.max_tokens)
+
+    def right(given: list[Generation]) -> int:
+        texts = (tokenizer.decode(one.tokens, skip_special_tokens=True) for one in given)
+        return sum(map(is_right, texts, some))
+
     found = likelihood(model, some, encode, tokenizer.bos_token_id, strata=8, seed=args.seed)
-    order = unmasking_order(model, some, encode, tokenizer.bos_token_id, chosen, args.max_tokens)
-    decode = partial(tokenizer.decode, skip_special_tokens=True)
-    right = ablations(model, some, encode, decode, tokenizer.bos_token_id, chosen, args.max_tokens)
+    as_trained = answered(model)
+    rights = {"as trained": right(as_trained)}
+    rights |= {name: right(answered(ablated(model, change))) for name, change in ABLATIONS.items()}
     return {
         "likelihood": {**asdict(found), "perplexity": found.perplexity},
-        "unmasking": order,
-        "ablations": {"problems": len(some), "right": right},
+        "unmasking": unmasking_order(as_trained, model.config.canvas_length, model.config.mask_token_id),
+        "ablations": {"problems": len(some), "right": rights},
     }

@@ -73,26 +73,25 @@ def likelihood(
     return Likelihood(context / tokens, bound / tokens, (offsets / counts.clamp(min=1)).tolist())
 
 
-def answer(
-    model: TwoTowerModel, problem: Problem, encode: Encode, bos: int, gamma: float, max_tokens: int
-) -> Generation:
-    """The answer by mask diffusion, greedily, in blocks of the model's width until the EOS token."""
-    config = model.config
-    return generate_mask_diffusion(
-        model, [bos, *encode(problem.prompt)], max_tokens,
-        block_size=config.canvas_length, steps=config.canvas_length, gamma=gamma, eos_token_id=config.eos_token_id,
-    )  # fmt: skip
-
-
-@torch.inference_mode()
-def unmasking_order(
+def answers(
     model: TwoTowerModel, problems: Sequence[Problem], encode: Encode, bos: int, gamma: float, max_tokens: int
-) -> list[list[float]]:
+) -> list[Generation]:
+    """The answers by mask diffusion, greedily, in blocks of the model's width until the EOS token."""
+    width, eos = model.config.canvas_length, model.config.eos_token_id
+    return [
+        generate_mask_diffusion(
+            model, [bos, *encode(problem.prompt)], max_tokens,
+            block_size=width, steps=width, gamma=gamma, eos_token_id=eos,
+        )
+        for problem in problems
+    ]  # fmt: skip
+
+
+def unmasking_order(generations: Sequence[Generation], width: int, mask: int) -> list[list[float]]:
     """How many of the blocks' positions each pass commits, by place in the block: (passes, S) shares of all blocks."""
-    width, mask = model.config.canvas_length, model.config.mask_token_id
     shares, blocks = torch.zeros(width, width), 0
-    for problem in problems:
-        for passes in answer(model, problem, encode, bos, gamma, max_tokens).blocks:
+    for generation in generations:
+        for passes in generation.blocks:
             blocks += 1
             for number, one in enumerate(passes):
                 before, after = torch.tensor(one.canvas_in), torch.tensor(one.canvas_out)
