@@ -72,7 +72,7 @@ bench: setup  ## measure speed, latency, memory and the cost model; ends with on
 	@set -e; for script in $(BENCHMARKS); do $(RUN) python benchmarks/$$script --summary runs/bench.jsonl; done
 	@$(RUN) python benchmarks/summary.py runs/bench.jsonl
 
-# A day or more on two cores, 25 minutes where there is a GPU. It goes on where it was stopped.
+# Days on two cores, 25 minutes where there is a GPU. It goes on where it was stopped.
 TRAIN_CONFIG ?= configs/train-tiny.yaml
 train: setup  ## train a tiny model from nothing, evaluate and export it (TRAIN_CONFIG=)
 	$(RUN) vllm-twotower train $(TRAIN_CONFIG)
