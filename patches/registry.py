@@ -11,6 +11,7 @@ START_MODULES = (
     "sampling_params",
     "structured_outputs",
     "diffusion_metrics",
+    "shared_memory_names",
 )
 WORKER_MODULES = (
     "triton_placeholder",

@@ -83,7 +83,9 @@ def ends_in_errors(deployment: Deployment, pattern: str) -> Iterator[None]:
         threading.Thread(target=_endless_request, args=(server, number % 2 == 0, errors), daemon=True).start()
     wait_until(lambda: server.metrics()["vllm:num_requests_running"] == 4, "four requests run")
     segments = {segment for process in processes for segment in _segments(process)}
-    assert any(segment.exists() for segment in segments), "the ranks' message queues"
+    queues = {segment for segment in segments if segment.name.startswith("psm_")}
+    assert queues, "the ranks' message queues"
+    assert not any(queue.exists() for queue in queues), "no name that a killed process could leave"
     deadline = time.monotonic() + FAULT_SECONDS
     yield
     wait_until(lambda: len(errors) == 4, "every request is answered", deadline - time.monotonic())
