@@ -126,6 +126,7 @@ def test_no_cpu_kernel_where_triton_works(monkeypatch):
         "structured-outputs-validation",
         "grammar-bitmask",
         "diffusion-metrics",
+        "shared-memory-names",
     }
 
 
