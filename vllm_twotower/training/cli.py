@@ -50,14 +50,14 @@ def run_here(path: Path, only: list[str] | None) -> None:
     except TrainConfigError as error:
         raise SystemExit(f"vllm-twotower train: {path}: {error}") from None
     torch.set_num_threads(config.threads)
-    if config.bf16_autocast and not has_bf16():
+    steps = only or STEPS
+    if "train" in steps and config.bf16_autocast and not has_bf16():
         print("bf16_autocast is true, but this device has no bf16 arithmetic: training in fp32", file=sys.stderr)
         config = replace(config, bf16_autocast=False)
     if torch.cuda.is_available() and config.bf16_autocast:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    steps = only or STEPS
     with process_group():
         if "train" in steps:
             train(config, run_dir)
