@@ -35,6 +35,7 @@ from vllm_twotower.training.data import (
     pack,
     step_rng,
 )
+from vllm_twotower.training.distributed import has_bf16
 from vllm_twotower.training.initialise import initialise, start_denoiser_from_context, tie_towers
 from vllm_twotower.training.objective import ar_loss, weighted_cross_entropy
 from vllm_twotower.training.problems import (
@@ -592,3 +593,9 @@ def test_autocast_where_the_processor_has_bf16(tmp_path, monkeypatch, capsys, ca
     cli.run_here(path, ["train"])
     assert trained == [capability is not None]
     assert ("no bf16 arithmetic" in capsys.readouterr().err) == (capability is None)
+
+
+def test_an_older_pytorch_trains_as_configured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert has_bf16()

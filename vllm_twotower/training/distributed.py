@@ -53,6 +53,8 @@ def has_bf16() -> bool:
     """Whether this process's device multiplies bf16 matrices itself; a CPU that does not is far slower than in fp32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch, which cannot say: then as configured
+        return True
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one: Arm
 
