@@ -12,6 +12,7 @@ START_MODULES = (
     "structured_outputs",
     "diffusion_metrics",
     "shared_memory_names",
+    "beam_search",
 )
 WORKER_MODULES = (
     "triton_placeholder",

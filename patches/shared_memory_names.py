@@ -41,7 +41,9 @@ PATCHES = (
             f"{QUEUES}:ShmRingBuffer.__init__",
             f"{QUEUES}:ShmRingBuffer.__del__",
         ),
-        source_sha256={"0.32.0": "87a0cee33b9a1ef352ea7f5bebdbf7c3e3177549261bbf224a4e8cb310736eda"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "87a0cee33b9a1ef352ea7f5bebdbf7c3e3177549261bbf224a4e8cb310736eda"
+        ),
         install=install_unlinking,
     ),
 )

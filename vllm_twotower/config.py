@@ -266,5 +266,25 @@ def validate_sampling_params(params: SamplingParams, model_config: ModelConfig) 
                 raise RequestError(name, getattr(params, name), reason)
         if options.fills_blocks and set(params.allowed_token_ids or ()) == {engine.mask_token_id}:
             raise RequestError("allowed_token_ids", params.allowed_token_ids, "the mask token alone fills no block")
+        _check_encodable(params)
     except RequestError as error:
         raise VLLMValidationError(str(error), parameter=error.name, value=error.value) from None
+
+
+def _check_encodable(params: SamplingParams) -> None:
+    """Raises RequestError for a value that no message to the engine can hold; vLLM would fail while it sends it."""
+    import msgspec
+    from vllm.v1.serial_utils import MsgpackEncoder
+
+    encode = MsgpackEncoder().encode
+    reasons = {OverflowError: "has an integer beyond 64 bits", UnicodeEncodeError: "is no text in Unicode"}
+    try:
+        encode(params)
+    except tuple(reasons):
+        for field in msgspec.structs.fields(params):
+            value = getattr(params, field.name)
+            try:
+                encode(value)
+            except tuple(reasons) as error:
+                raise RequestError(field.name, value, reasons[type(error)]) from None
+        raise

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import golden_data
+import httpx
 import openai
 import pytest
 from serving import Server, token_request
@@ -124,6 +126,25 @@ def test_bad_option(server: Server, name: str, value: Any) -> None:
 @pytest.mark.parametrize(("field", "value", "words"), BAD_FIELDS, ids=str)
 def test_bad_field(server: Server, field: str, value: Any, words: tuple[str, ...]) -> None:
     assert_refused(post(server, **{field: value}), *words)
+    assert_works(server)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 2**64, "temperature": 1},
+        {"stream_interval": 10**30},
+        {"repetition_detection": {"max_pattern_size": 2**64, "min_count": 2}},
+        {"stop": ["a", "\ud800"]},
+        {"bad_words": ["\ud800"]},
+    ],
+    ids=str,
+)
+def test_value_that_no_message_can_hold(server: Server, fields: dict[str, Any]) -> None:
+    """JSON can hold integers of any size and half a pair of surrogates; messages to the engine cannot."""
+    body = json.dumps({"model": server.model, "prompt": [5], "max_tokens": 4, **fields})
+    response = httpx.post(f"{server.url}/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert_refused((response.status_code, response.json()), next(iter(fields)))
     assert_works(server)
 
 

@@ -260,3 +260,15 @@ def test_beam_search(server: Server, oracle: TwoTowerModel, width: int) -> None:
         model=server.model, prompt=prompt, max_tokens=5, temperature=0, n=width, extra_body=extra
     )
     assert [choice.token_ids for choice in completion.choices] == beams(oracle, prompt, width, 5)
+
+
+def test_beam_search_takes_no_diffusion_options(server: Server) -> None:
+    """vLLM would drop them: a beam search in another mode than the one asked for."""
+    fields = {"use_beam_search": True, "n": 2, "max_tokens": 5, "vllm_xargs": {"diffusion_mode": "ar"}}
+    for response in (
+        server.post("/v1/completions", prompt=tokens_of_text(), **fields),
+        server.post("/v1/chat/completions", messages=[{"role": "user", "content": "a"}], **fields),
+    ):
+        assert response.status_code == 400, response.text
+        message = response.json()["error"]["message"]
+        assert all(word in message for word in ("vllm_xargs", "{'diffusion_mode': 'ar'}", "use_beam_search")), message

@@ -127,6 +127,8 @@ def test_no_cpu_kernel_where_triton_works(monkeypatch):
         "grammar-bitmask",
         "diffusion-metrics",
         "shared-memory-names",
+        "beam-search-completion",
+        "beam-search-chat",
     }
 
 
