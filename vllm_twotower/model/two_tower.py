@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         remove_segment_name()
+        gc.freeze()  # as vLLM does after the start; until then it collects among all that is imported, four times over
         config = vllm_config.model_config.hf_config
         self.config, quant_config = config, vllm_config.quant_config
         self.checkpoint_config = TwoTowerConfig.of(config)
