@@ -155,8 +155,6 @@ def _variables(port: int, threads: int) -> dict[str, str]:
         # Else Ray binds to every interface, whatever address it is given.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # Ray kills its workers; a helper process of Python's then frees the shared memory of their message queues.
-        "RAY_kill_child_processes_on_worker_exit": "0",
         # Ray's workers would leave the cores to every other process.
         "RAY_worker_niceness": "0",
         "VLLM_HOST_IP": LOOPBACK,

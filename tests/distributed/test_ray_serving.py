@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,13 +59,13 @@ class TestOverRay:
     def test_clients(self, deployment: Deployment) -> None:
         check_clients(deployment.server)
 
-    def test_no_device_left(
-        self, deployment: Deployment, cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        for name, value in cluster.items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match=r"2 ranks need as many GPUs .* of which 0 are free \(of 2\)"):
-            check_ray_devices(2, patience=1)
+    def test_no_device_left(self, deployment: Deployment, cluster: dict[str, str]) -> None:
+        """The check of a server's start, in a process with the cluster's variables from its beginning."""
+        check = "from vllm_twotower.parallel import check_ray_devices; check_ray_devices(2, patience=1)"
+        command = [sys.executable, "-c", check]
+        result = subprocess.run(command, env=os.environ | cluster, capture_output=True, text=True, timeout=120)
+        assert result.returncode != 0
+        assert "2 ranks need as many GPUs of the Ray cluster, of which 0 are free (of 2)" in result.stderr
         assert deployment.server.answers()
 
     def test_killed_rank(self, deployment: Deployment) -> None:
