@@ -1,7 +1,7 @@
-"""Engines with two tensor-parallel ranks, in a process of their own: python two_ranks.py EXECUTOR OUTPUT.
+"""Engines with two tensor-parallel ranks, in a process of their own: python two_ranks.py EXECUTOR OUTPUT CHECKPOINT...
 
-Writes, for every checkpoint: the tokens of its golden runs, of autoregression, of random requests, of the trained
-model's problems, and what its ranks exchanged.
+Writes, for each of the checkpoints, the tokens of its golden runs, of autoregression, of random requests, of the
+trained model's problems, and what its ranks exchanged.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def import_once() -> None:
     multiproc_executor.get_mp_context = lambda: context
 
 
-def main(executor: str, output: Path) -> None:
+def main(executor: str, output: Path, checkpoints: list[str]) -> None:
     """Runs everything."""
     import ray
     from vllm import LLM, SamplingParams
 
     import_once()
     results: dict[str, Any] = {}
-    for name in (*golden_data.CHECKPOINTS, "trained"):
+    for name in checkpoints:
         is_golden = name != "trained"
         llm = LLM(
             str(golden_data.checkpoint(name) if is_golden else TRAINED),
@@ -116,4 +116,4 @@ def main(executor: str, output: Path) -> None:
 if __name__ == "__main__":
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions to run in the workers
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # servers have their engine in a process; here it takes seconds
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

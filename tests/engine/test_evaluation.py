@@ -13,7 +13,7 @@ import pytest
 from vllm_twotower.evaluation.answers import held_out_problems
 
 REPOSITORY = Path(__file__).parents[2]
-PROBLEMS = 40
+PROBLEMS = 24
 
 
 @pytest.fixture(scope="module")

@@ -139,9 +139,11 @@ def test_extreme_values_are_harmless(llm: LLM) -> None:
     for overrides in (
         {"seed": 2**63 - 1},
         {"seed": -(2**63)},
-        {"seed": 2**70},
+        {"seed": 2**64 - 1},
         {"top_k": 10**12},
         {"temperature": 2.0},
     ):
         assert len(one(llm, **{"temperature": 0.5, **overrides}).token_ids) == RUN.max_new_tokens
+    with pytest.raises(VLLMValidationError, match=f"seed={2**64}: has an integer beyond 64 bits"):
+        one(llm, seed=2**64)  # as if the engine ran in a process of its own
     assert run_all(llm, [RUN]) == [RUN.tokens]

@@ -22,9 +22,9 @@ CHECKPOINT = golden_data.checkpoint("A")
 
 @pytest.fixture(scope="module")
 def undisturbed() -> tuple[list[list[int]], list[SamplingParams], list[RequestOutput]]:
-    """Sixty-four requests whose prompts nearly fill a page, and what they return where there is room."""
+    """Requests whose prompts nearly fill a page, and what they return where there is room."""
     rng = random.Random(8)
-    params = [draw_request(rng, max_tokens=60).params() for _ in range(64)]
+    params = [draw_request(rng, max_tokens=60).params() for _ in range(32)]
     prompts = [draw_prompt(rng, tuple(range(95, 127))) for _ in params]
     with running_engine(CHECKPOINT) as llm:
         return prompts, params, generate(llm, prompts, params)
