@@ -20,8 +20,7 @@ RUN := PATH="$(abspath $(BIN)):$$PATH"
 THREADS ?= 1
 THREADING := OMP_NUM_THREADS=$(THREADS) VLLM_CPU_OMP_THREADS_BIND=nobind
 
-# One more than the cores of a small machine: many tests wait for processes that start.
-TEST_WORKERS ?= 3
+TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test bench train lint format lock clean
@@ -62,7 +61,7 @@ demo: setup  ## generate with the tiny model, AR against diffusion
 serve: setup  ## serve the tiny model over HTTP (MODEL=, CONFIG=, THREADS=)
 	$(RUN) $(THREADING) vllm serve $(MODEL) --config $(CONFIG)
 
-# Engines of the tests run on one thread each.
+# Engines of the tests run on one thread each, so files can take turns on two cores.
 test: setup  ## run the tests, unit tests first (ARGS="-k name", TEST_WORKERS=0 for one process)
 	$(RUN) python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
 		tests/unit tests/engine tests/distributed tests/server tests/gpu $(ARGS)

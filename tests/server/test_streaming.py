@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import golden_data
 import pytest
 from serving import Server, token_request
+
+TRIES = 5
 
 
 def stream(server: Server, request: dict) -> tuple[list, list]:
@@ -22,14 +26,18 @@ def stream(server: Server, request: dict) -> tuple[list, list]:
 @pytest.mark.parametrize("width", [16, 8, 5])
 @pytest.mark.parametrize("max_tokens", [64, 50])
 def test_one_chunk_per_block(server: Server, width: int, max_tokens: int) -> None:
-    """With a threshold of 1 a block takes as many steps as it has tokens, so the client is never behind by a block."""
+    """A chunk for each block; a busy server puts those together that it has not sent yet, so not in every try."""
     request = token_request((5, 60, 7), max_tokens, diffusion_canvas_length=width, diffusion_confidence_threshold=1)
-    chunks, usages = stream(server, request)
-    full, rest = divmod(max_tokens, width)
-    assert [len(tokens) for _, tokens, _ in chunks] == [width] * full + [rest] * (rest > 0)
-    assert [reason for _, _, reason in chunks] == [None] * (len(chunks) - 1) + ["length"]
-    [usage] = usages
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (3, max_tokens, 3 + max_tokens)
+    blocks = [*range(width, max_tokens, width), max_tokens]
+    for _ in range(TRIES):
+        chunks, [usage] = stream(server, request)
+        ends = list(accumulate(len(tokens) for _, tokens, _ in chunks))
+        assert set(ends) <= set(blocks)
+        assert [reason for _, _, reason in chunks] == [None] * (len(chunks) - 1) + ["length"]
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (3, max_tokens, 3 + max_tokens)
+        if ends == blocks:
+            return
+    pytest.fail(f"no stream had a chunk for each block; the last one had ends at {ends}")
 
 
 def test_chunks_put_together_are_the_golden(server: Server) -> None:

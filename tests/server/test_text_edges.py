@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ REPLACEMENT = "\ufffd"
 LETTERS = list(range(4, 98)) + [224] + list(range(260, 320))
 """Tokens that are printable ASCII: every token is text of its own."""
 MODES = ("mask_diffusion", "ar", "mock_ar")
+TRIES = 5
 
 
 def ask(server: Server, prompt: list[int], options: dict[str, Any]) -> tuple[list[Answer], list[list[Answer]]]:
@@ -118,7 +120,7 @@ def test_stop_string_across_a_block_border(
         length = next(i for i, end in enumerate(said, 1) if end >= place + len(stop))
         assert answer.token_ids == case.plain.token_ids[:length]
         if width == 16 and before == 1:
-            assert len(chunks) == 2
+            assert len(chunks) <= 2
     unsaid = {**case.options, "stop": [case.across(2, 2) + REPLACEMENT]}
     [answer], _ = ask(server, case.prompt, unsaid)
     assert answer == case.plain
@@ -217,20 +219,23 @@ def test_character_whose_bytes_lie_in_two_blocks(
     tokens = tokenizer.encode(text)
     options = spelling(tokenizer, text)
     options["extra_args"] = {"diffusion_canvas_length": width, "diffusion_confidence_threshold": 1}
-    [answer], [chunks] = ask(server, [5, 60, 7], options)
-    assert (answer.token_ids, answer.text) == (tokens, text)
-    assert [len(chunk.token_ids) for chunk in chunks] == [len(part) for part in parts(tokens, width)]
-    for i, chunk in enumerate(chunks):
-        so_far = bytes_of(tokenizer, tokens[: width * (i + 1)]).decode(errors="ignore")
-        assert "".join(c.text for c in chunks[: i + 1]) == so_far
-        assert REPLACEMENT not in chunk.text
+    blocks = [*range(width, len(tokens), width), len(tokens)]
+    for _ in range(TRIES):
+        [answer], [chunks] = ask(server, [5, 60, 7], options)
+        assert (answer.token_ids, answer.text) == (tokens, text)
+        ends = list(accumulate(len(chunk.token_ids) for chunk in chunks))
+        assert set(ends) <= set(blocks)
+        for i, (chunk, end) in enumerate(zip(chunks, ends, strict=True)):
+            so_far = bytes_of(tokenizer, tokens[:end]).decode(errors="ignore")
+            assert "".join(c.text for c in chunks[: i + 1]) == so_far
+            assert REPLACEMENT not in chunk.text
+        if ends == blocks:  # a busy server puts chunks together
+            break
+    else:
+        pytest.fail(f"no stream had a chunk for each block; the last one had ends at {ends}")
 
     [answer], [chunks] = ask(server, [5, 60, 7], {**options, "max_tokens": len(tokens) - 1})
     assert answer.text == "".join(chunk.text for chunk in chunks) == text[:-1]
-
-
-def parts(tokens: list[int], width: int) -> list[list[int]]:
-    return [tokens[i : i + width] for i in range(0, len(tokens), width)]
 
 
 def bytes_of(tokenizer: TokenizerLike, tokens: list[int]) -> bytes:
