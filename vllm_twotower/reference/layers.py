@@ -319,7 +319,12 @@ def sinusoidal_embedding(t: Tensor) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), -1)
 
 
-@cache
+@torch.compiler.assume_constant_result  # the compiler warns of cached functions that it traces
 def _frequencies(device: torch.device) -> Tensor:
+    return _cached_frequencies(device)
+
+
+@cache
+def _cached_frequencies(device: torch.device) -> Tensor:
     half = TIMESTEP_FREQUENCIES // 2
     return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
