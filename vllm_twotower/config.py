@@ -38,7 +38,7 @@ class EngineOptions:
     ``mode`` is the default of ``diffusion_mode``; with ``auto`` the engine chooses between ``ar`` and
     ``mask_diffusion`` block by block. ``denoise_steps_per_engine_step`` bounds the denoiser passes of one engine step;
     ``auto`` goes on while no request waits for the step's end. Beside blocks, prompts may take as many tokens of a step
-    as those do, and at least ``prompt_tokens_beside_blocks``.
+    as the blocks of all open requests would, and at least ``prompt_tokens_beside_blocks``.
     ``request_metrics`` is the level of ``--per-request-spec-decode-metrics``.
     """
 

@@ -223,13 +223,23 @@ def test_a_block_may_be_whole_in_the_prompts_last_step(lazy: TwoTowerScheduler) 
 
 
 def test_blocks_are_scheduled_before_prompts() -> None:
-    """A prompt in chunks came first, but the canvas behind it is whole, and the prompt has as many tokens."""
+    """A prompt in chunks came first, but the canvas behind it is whole; the prompt has as much for each request."""
     beside = {"twotower": {"prompt_tokens_beside_blocks": 9}}
-    made = scheduler(long_prefill_token_threshold=20, additional_config=beside)
+    made = scheduler(long_prefill_token_threshold=50, additional_config=beside)
     add(made, "long", 100)
     add(made, "short", 3)
     step(made, {})
-    assert made.schedule().num_scheduled_tokens == {"long": 16, "short": WIDTH}
+    assert made.schedule().num_scheduled_tokens == {"long": 2 * WIDTH, "short": WIDTH}
+
+
+def test_few_blocks_let_many_prompts_in() -> None:
+    """As many tokens as all requests' blocks would take, of those that are admitted."""
+    made = scheduler(additional_config={"twotower": {"prompt_tokens_beside_blocks": 1}})
+    add(made, "first", 3)
+    step(made, {})
+    for i in range(5):
+        add(made, f"late {i}", 25)
+    assert made.schedule().num_scheduled_tokens == {"first": WIDTH, "late 0": 25, "late 1": 25, "late 2": 4 * WIDTH - 50}
 
 
 def test_autoregressive_requests_have_no_drafts(lazy: TwoTowerScheduler) -> None:

@@ -55,11 +55,12 @@ class TwoTowerScheduler(DiffusionScheduler):
             self._mode_control.step_starts()
         self.running.sort(key=lambda request: request.is_prefill_chunk)
         self.max_num_scheduled_tokens = self._step_budget
-        if any(request.spec_token_ids for request in self.running):
-            decodes = sum(
-                r.num_tokens_with_spec - r.num_computed_tokens for r in self.running if not r.is_prefill_chunk
-            )
-            beside = max(decodes, self._engine_options.prompt_tokens_beside_blocks)
+        decoding = [request for request in self.running if not request.is_prefill_chunk]
+        if any(request.spec_token_ids for request in decoding):
+            decodes = sum(request.num_tokens_with_spec - request.num_computed_tokens for request in decoding)
+            # Of all requests, not only of those that decode: else few blocks would let few prompts become blocks.
+            num_requests = min(len(self.running) + len(self.waiting), self.max_num_running_reqs)
+            beside = max(decodes * num_requests // len(decoding), self._engine_options.prompt_tokens_beside_blocks)
             self.max_num_scheduled_tokens = min(self._step_budget, decodes + beside)
         output = super().schedule(*args, **kwargs)
         for req_id in output.finished_req_ids:
