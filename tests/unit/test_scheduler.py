@@ -239,7 +239,8 @@ def test_few_blocks_let_many_prompts_in() -> None:
     step(made, {})
     for i in range(5):
         add(made, f"late {i}", 25)
-    assert made.schedule().num_scheduled_tokens == {"first": WIDTH, "late 0": 25, "late 1": 25, "late 2": 4 * WIDTH - 50}
+    late = {"late 0": 25, "late 1": 25, "late 2": 4 * WIDTH - 50}
+    assert made.schedule().num_scheduled_tokens == {"first": WIDTH, **late}
 
 
 def test_autoregressive_requests_have_no_drafts(lazy: TwoTowerScheduler) -> None:

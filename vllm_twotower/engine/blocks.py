@@ -14,7 +14,7 @@ from vllm_twotower.sampling.strategies import Strategy
 
 from .request_table import RequestTable
 from .staging import Staging
-from .step_plan import TowerRows
+from .tower_rows import TowerRows
 
 
 class Blocks:

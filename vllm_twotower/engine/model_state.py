@@ -31,7 +31,8 @@ from .prefix_cache import commit_interval, move_states, state_block_size, state_
 from .request_table import RequestTable
 from .sampler import TwoTowerSampler
 from .staging import Staging
-from .step_plan import StepPlan, TowerRows, canvas_inputs, canvas_rows, context_inputs, page_slots, split_rows
+from .step_plan import StepPlan, canvas_inputs, canvas_rows, context_inputs, page_slots, split_rows
+from .tower_rows import TowerRows
 
 
 class TwoTowerModelState(ModelState):

@@ -35,8 +35,9 @@ from .blocks import Blocks
 from .logit_rules import NOTHING, UNDECIDED, RuledRows
 from .request_table import RequestTable
 from .staging import Staging
-from .step_plan import RowSplit, StepPlan, TowerRows
+from .step_plan import RowSplit, StepPlan
 from .token_logprobs import ScoredTokens
+from .tower_rows import TowerRows
 
 
 class PassSource(Protocol):
