@@ -20,6 +20,8 @@ from vllm_twotower.model.step_logits import OutputHead
 class Served:
     name: str
     llm: LLM
+    is_default: bool
+    """Whether blocks are committed and denoised as by default."""
 
 
 # When blocks are committed, and the denoiser passes of an engine step: each way on some checkpoint, the default on all.
@@ -39,7 +41,7 @@ def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     name, commit, steps = request.param
     options = {"commit": commit, "denoise_steps_per_engine_step": steps}
     with running_engine(golden_data.checkpoint(name), options) as llm:
-        yield Served(name, llm)
+        yield Served(name, llm, (commit, steps) == ("lazy", "auto"))
         assert_idle(llm)
 
 
@@ -70,9 +72,8 @@ def test_small_tiles_of_logits(served: Served, monkeypatch: pytest.MonkeyPatch) 
 
 def test_shuffled(served: Served) -> None:
     runs = golden_data.diffusion_runs(served.name)
-    for seed in range(2):
-        random.Random(seed).shuffle(runs)
-        assert run_all(served.llm, runs) == [run.tokens for run in runs]
+    random.Random(0).shuffle(runs)
+    assert run_all(served.llm, runs) == [run.tokens for run in runs]
 
 
 def test_alone_with_every_step(served: Served) -> None:
@@ -101,7 +102,7 @@ def test_autoregressive(served: Served, mode: str) -> None:
     prompts = golden_data.prompts(served.name)
     outputs = generate(served.llm, [prompt["ids"] for prompt in prompts], [autoregressive(mode)] * len(prompts))
     assert tokens_of(outputs) == [tuple(prompt[mode]["new_ids"]) for prompt in prompts]
-    for prompt in prompts:
+    for prompt in prompts if served.is_default else ():  # alone
         outputs = generate(served.llm, [prompt["ids"]], [autoregressive(mode)])
         assert tokens_of(outputs) == [tuple(prompt[mode]["new_ids"])]
 

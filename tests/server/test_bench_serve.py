@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import golden_data
-import pytest
 from serving import REPOSITORY, START_SECONDS, Server, server_environment, vllm_command
 
 PROMPTS = 30
@@ -15,9 +14,7 @@ INPUT_LENGTH = 40
 OUTPUT_LENGTH = 33
 
 
-@pytest.mark.parametrize("mode", ["as it is", "ar"])
-def test_random_prompts(server: Server, tmp_path: Path, mode: str) -> None:
-    extra = [] if mode == "as it is" else ["--extra-body", json.dumps({"vllm_xargs": {"diffusion_mode": mode}})]
+def test_random_prompts(server: Server, tmp_path: Path) -> None:
     before = server.metrics()
     process = subprocess.run(
         vllm_command(
@@ -31,7 +28,6 @@ def test_random_prompts(server: Server, tmp_path: Path, mode: str) -> None:
             *("--random-input-len", str(INPUT_LENGTH)),
             *("--random-output-len", str(OUTPUT_LENGTH)),
             *("--save-result", "--save-detailed", "--result-dir", str(tmp_path), "--result-filename", "result.json"),
-            *extra,
         ),
         cwd=REPOSITORY,
         env=server_environment(),
@@ -49,8 +45,5 @@ def test_random_prompts(server: Server, tmp_path: Path, mode: str) -> None:
 
     after = server.metrics()
     blocks = after["vllm:twotower_num_blocks_total"] - before["vllm:twotower_num_blocks_total"]
-    if mode == "ar":
-        assert blocks == 0
-    else:
-        assert blocks == PROMPTS * 3
-        assert result["diffusion_committed_tokens"] == PROMPTS * 48
+    assert blocks == PROMPTS * 3
+    assert result["diffusion_committed_tokens"] == PROMPTS * 48
