@@ -37,14 +37,16 @@ def server_environment() -> dict[str, str]:
     }
 
 
-def vllm_command(*arguments: str) -> list[str]:
-    """A command line of `vllm`, as a user types it."""
+def vllm_command(*arguments: str, shares_imports: bool = False) -> list[str]:
+    """A command line of `vllm`, as a user types it; or quicker where it has processes, see shared_imports.py."""
+    if shares_imports:
+        return [sys.executable, str(Path(__file__).with_name("shared_imports.py")), *arguments]
     return [str(Path(sys.executable).with_name("vllm")), *arguments]
 
 
-def vllm_serve(model: str | Path, *options: str) -> list[str]:
+def vllm_serve(model: str | Path, *options: str, **how: bool) -> list[str]:
     """The command line of `vllm serve`."""
-    return vllm_command("serve", str(model), *options)
+    return vllm_command("serve", str(model), *options, **how)
 
 
 def wait_until(holds: Callable[[], bool], what: str, seconds: float = 60) -> None:
@@ -125,11 +127,17 @@ def free_port() -> int:
 
 @contextmanager
 def running_server(
-    model: str | Path, log: Path, *options: str, name: str = "served", environment: Mapping[str, str] | None = None
+    model: str | Path,
+    log: Path,
+    *options: str,
+    name: str = "served",
+    environment: Mapping[str, str] | None = None,
+    shares_imports: bool = False,
 ) -> Iterator[Server]:
     """`vllm serve` on a free port of 127.0.0.1, ready for requests; its output goes to ``log``."""
     port = free_port()
-    command = vllm_serve(model, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", name, *options)
+    options = ("--host", "127.0.0.1", "--port", str(port), "--served-model-name", name, *options)
+    command = vllm_serve(model, *options, shares_imports=shares_imports)
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,

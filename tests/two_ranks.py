@@ -51,23 +51,12 @@ def exchanged(worker: Any) -> dict[str, int]:
     return found
 
 
-def import_once() -> None:
-    """Ranks over processes share their imports, most of their start: they are forked from one process that has them."""
-    import multiprocessing
-
-    from vllm.v1.executor import multiproc_executor
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllm.v1.worker.cpu_worker", "vllm_twotower.model.two_tower"])
-    multiproc_executor.get_mp_context = lambda: context
-
-
 def main(executor: str, output: Path, checkpoints: list[str]) -> None:
     """Runs everything."""
     import ray
+    import shared_imports  # noqa: F401 - for ranks over processes
     from vllm import LLM, SamplingParams
 
-    import_once()
     results: dict[str, Any] = {}
     for name in checkpoints:
         is_golden = name != "trained"
