@@ -44,9 +44,10 @@ def vllm_command(*arguments: str, shares_imports: bool = False) -> list[str]:
     return [str(Path(sys.executable).with_name("vllm")), *arguments]
 
 
-def vllm_serve(model: str | Path, *options: str, **how: bool) -> list[str]:
-    """The command line of `vllm serve`."""
-    return vllm_command("serve", str(model), *options, **how)
+def vllm_serve(model: str | Path, port: int, *options: str, shares_imports: bool = False) -> list[str]:
+    """The command line of `vllm serve` at a port of 127.0.0.1."""
+    address = ("--host", "127.0.0.1", "--port", str(port))
+    return vllm_command("serve", str(model), *address, *options, shares_imports=shares_imports)
 
 
 def wait_until(holds: Callable[[], bool], what: str, seconds: float = 60) -> None:
@@ -136,8 +137,7 @@ def running_server(
 ) -> Iterator[Server]:
     """`vllm serve` on a free port of 127.0.0.1, ready for requests; its output goes to ``log``."""
     port = free_port()
-    options = ("--host", "127.0.0.1", "--port", str(port), "--served-model-name", name, *options)
-    command = vllm_serve(model, *options, shares_imports=shares_imports)
+    command = vllm_serve(model, port, "--served-model-name", name, *options, shares_imports=shares_imports)
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -166,7 +166,7 @@ def refused_start(
     """Exit status and output of a `vllm serve` that must not come up."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            vllm_serve(model, "--host", "127.0.0.1", "--port", str(free_port()), *options),
+            vllm_serve(model, free_port(), *options),
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=REPOSITORY,

@@ -12,10 +12,13 @@ import random
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import golden_data
 from random_requests import RandomRequest, draw_request
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
 
 ROOT = Path(__file__).parents[1]
 TRAINED = ROOT / "models/tiny-twotower"
@@ -26,6 +29,24 @@ MODES = ("ar", "mask_diffusion")
 def random_requests() -> list[RandomRequest]:
     rng = random.Random(3)
     return [draw_request(rng) for _ in range(24)]
+
+
+def trained_params(mode: str) -> SamplingParams:
+    """How the trained model's problems are asked."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=64, extra_args={"diffusion_mode": mode})
+
+
+def reference_answers(mode: str, problems: list[str]) -> list[list[int]]:
+    """The tokens that the trained model's reference answers them with."""
+    from oracle import expected
+    from vllm.tokenizers import get_tokenizer
+
+    from vllm_twotower.reference import TwoTowerModel
+
+    model, tokenizer = TwoTowerModel.from_pretrained(TRAINED), get_tokenizer(str(TRAINED))
+    return [expected(model, tokenizer.encode(problem), trained_params(mode)).token_ids for problem in problems]
 
 
 def count_exchanges(worker: Any) -> None:
@@ -53,8 +74,9 @@ def exchanged(worker: Any) -> dict[str, int]:
 
 def main(executor: str, output: Path, checkpoints: list[str]) -> None:
     """Runs everything."""
+    if executor == "mp":
+        import shared_imports  # noqa: F401
     import ray
-    import shared_imports  # noqa: F401 - for ranks over processes
     from vllm import LLM, SamplingParams
 
     results: dict[str, Any] = {}
@@ -88,8 +110,7 @@ def main(executor: str, output: Path, checkpoints: list[str]) -> None:
             found["ar"] = generate(ids([prompt["ids"] for prompt in prompts]), [params] * len(prompts))
         else:
             for mode in MODES:
-                params = SamplingParams(temperature=0, max_tokens=64, extra_args={"diffusion_mode": mode})
-                found[mode] = generate(PROBLEMS, [params] * len(PROBLEMS))
+                found[mode] = generate(PROBLEMS, [trained_params(mode)] * len(PROBLEMS))
         found["greedy_exchanges"] = llm.collective_rpc(exchanged)
         if name == "C":
             drawn = random_requests()

@@ -24,7 +24,8 @@ def test_rank_without_memory(tmp_path: Path) -> None:
     words = "Rank 1 failed and ends, and the engine with it"
     # So that the memory of a large request comes from the system, not from what the rank had before.
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    with over_processes(tmp_path / "log", True, **environment) as deployment, ends_in_errors(deployment, words):
+    server = over_processes(tmp_path / "log", shares_imports=True, **environment)
+    with server as deployment, ends_in_errors(deployment, words):
         deployment.ranks()[1].rlimit(psutil.RLIMIT_AS, (1 << 20, 1 << 20))
         with pytest.raises(openai.APIError):
             complete(deployment.server, prompt=[5] * 1500, extra_body={"prompt_logprobs": 1})

@@ -26,15 +26,13 @@ from deployments import (
     over_ray,
     port_of,
 )
-from oracle import expected
 from ray_clusters import ray_up, running_cluster
 from serving import Server, free_port, wait_until
-from vllm import SamplingParams
+from two_ranks import MODES, reference_answers
 from vllm.tokenizers import get_tokenizer
 
 from vllm_twotower import ray_cluster
 from vllm_twotower.parallel import check_ray_devices
-from vllm_twotower.reference import TwoTowerModel
 
 pytestmark = pytest.mark.ray
 
@@ -80,13 +78,13 @@ class TestOverRay:
 
 def check_clients(server: Server) -> None:
     """The reference's answer, in every mode; then sixteen clients at once: streams, aborts, and the same answers."""
-    model, tokenizer = TwoTowerModel.from_pretrained(TINY), get_tokenizer(str(TINY))
-    for mode in ("ar", "mask_diffusion"):
-        extra = {"diffusion_mode": mode}
-        params = SamplingParams(temperature=0, max_tokens=64, extra_args=extra)
-        tokens = expected(model, tokenizer.encode(PROMPT), params).token_ids
-        alone = complete(server, extra_body={"vllm_xargs": extra})
-        assert alone == tokenizer.decode(tokens, skip_special_tokens=True)
+    tokenizer, answers = get_tokenizer(str(TINY)), {}
+    for mode in MODES:
+        [tokens] = reference_answers(mode, [PROMPT])
+        answers[mode] = complete(server, extra_body={"vllm_xargs": {"diffusion_mode": mode}})
+        assert answers[mode].strip()
+        assert answers[mode] == tokenizer.decode(tokens, skip_special_tokens=True)
+    alone = answers["mask_diffusion"]
     with ThreadPoolExecutor(16) as pool:
         assert set(pool.map(lambda _: complete(server), range(32))) == {alone}
 

@@ -14,8 +14,7 @@ import golden_data
 import pytest
 from oracle import expected
 from ray_clusters import running_cluster
-from two_ranks import MODES, PROBLEMS, TRAINED, random_requests
-from vllm import SamplingParams
+from two_ranks import MODES, PROBLEMS, random_requests, reference_answers
 from vllm.tokenizers import get_tokenizer
 
 from vllm_twotower.reference import TwoTowerModel
@@ -60,10 +59,7 @@ def test_goldens(results: dict[str, Any]) -> None:
 @pytest.mark.parametrize("results", ["mp"], indirect=True)
 @pytest.mark.parametrize("mode", MODES)
 def test_trained_model(results: dict[str, Any], mode: str) -> None:
-    model, tokenizer = TwoTowerModel.from_pretrained(TRAINED), get_tokenizer(str(TRAINED))
-    params = SamplingParams(temperature=0, max_tokens=64, extra_args={"diffusion_mode": mode})
-    want = [expected(model, tokenizer.encode(problem), params).token_ids for problem in PROBLEMS]
-    assert results["trained"][mode] == want
+    assert results["trained"][mode] == reference_answers(mode, PROBLEMS)
 
 
 def test_random_requests(results: dict[str, Any]) -> None:

@@ -25,10 +25,11 @@ class Served:
 
 
 # When blocks are committed, and the denoiser passes of an engine step: each way on some checkpoint, the default on all.
+DEFAULT = ("lazy", "auto")
 CONFIGURATIONS = {
-    "A": [("lazy", "auto"), ("separate", 1), ("grouped", 4)],
-    "B": [("lazy", "auto"), ("separate", 16)],
-    "C": [("lazy", "auto"), ("grouped", 1)],
+    "A": [DEFAULT, ("separate", 1), ("grouped", 4)],
+    "B": [DEFAULT, ("separate", 16)],
+    "C": [DEFAULT, ("grouped", 1)],
 }
 
 
@@ -41,7 +42,7 @@ def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     name, commit, steps = request.param
     options = {"commit": commit, "denoise_steps_per_engine_step": steps}
     with running_engine(golden_data.checkpoint(name), options) as llm:
-        yield Served(name, llm, (commit, steps) == ("lazy", "auto"))
+        yield Served(name, llm, (commit, steps) == DEFAULT)
         assert_idle(llm)
 
 
