@@ -19,6 +19,8 @@ RUN := PATH="$(abspath $(BIN)):$$PATH"
 # make serve THREADS=8 MODEL=... CONFIG=...
 THREADS ?= 1
 THREADING := OMP_NUM_THREADS=$(THREADS) VLLM_CPU_OMP_THREADS_BIND=nobind
+# The engine's process is forked and need not import vLLM again; with several threads of OpenMP a fork can hang.
+THREADING += $(if $(filter 1,$(THREADS)),VLLM_WORKER_MULTIPROC_METHOD=fork)
 
 TEST_WORKERS ?= 2
 

@@ -57,10 +57,10 @@ def over_ray(log: Path, cluster: dict[str, str]) -> Iterator[Deployment]:
 
 
 @contextmanager
-def over_processes(log: Path, shares_imports: bool = False, **environment: str) -> Iterator[Deployment]:
+def over_processes(log: Path, **environment: str) -> Iterator[Deployment]:
     """The same server without Ray, as its configuration has it."""
     options = (*CONFIG, "--distributed-executor-backend", "mp")
-    with running_server(TINY, log, *options, environment=environment, shares_imports=shares_imports) as server:
+    with running_server(TINY, log, *options, environment=environment) as server:
         yield Deployment(server)
 
 

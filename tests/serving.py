@@ -26,28 +26,29 @@ LOG_TAIL = 60
 
 
 def server_environment() -> dict[str, str]:
-    """This process's environment without what other tests set for engines of their own; loopback, one thread."""
+    """This process's environment without what other tests set for engines of their own; loopback, one thread.
+
+    A server's processes are forked, so that only the first imports vLLM.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     return inherited | {
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
 
 
-def vllm_command(*arguments: str, shares_imports: bool = False) -> list[str]:
-    """A command line of `vllm`, as a user types it; or quicker where it has processes, see shared_imports.py."""
-    if shares_imports:
-        return [sys.executable, str(Path(__file__).with_name("shared_imports.py")), *arguments]
+def vllm_command(*arguments: str) -> list[str]:
+    """A command line of `vllm`, as a user types it."""
     return [str(Path(sys.executable).with_name("vllm")), *arguments]
 
 
-def vllm_serve(model: str | Path, port: int, *options: str, shares_imports: bool = False) -> list[str]:
+def vllm_serve(model: str | Path, port: int, *options: str) -> list[str]:
     """The command line of `vllm serve` at a port of 127.0.0.1."""
-    address = ("--host", "127.0.0.1", "--port", str(port))
-    return vllm_command("serve", str(model), *address, *options, shares_imports=shares_imports)
+    return vllm_command("serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options)
 
 
 def wait_until(holds: Callable[[], bool], what: str, seconds: float = 60) -> None:
@@ -133,11 +134,10 @@ def running_server(
     *options: str,
     name: str = "served",
     environment: Mapping[str, str] | None = None,
-    shares_imports: bool = False,
 ) -> Iterator[Server]:
     """`vllm serve` on a free port of 127.0.0.1, ready for requests; its output goes to ``log``."""
     port = free_port()
-    command = vllm_serve(model, port, "--served-model-name", name, *options, shares_imports=shares_imports)
+    command = vllm_serve(model, port, "--served-model-name", name, *options)
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,

@@ -74,8 +74,6 @@ def exchanged(worker: Any) -> dict[str, int]:
 
 def main(executor: str, output: Path, checkpoints: list[str]) -> None:
     """Runs everything."""
-    if executor == "mp":
-        import shared_imports  # noqa: F401
     import ray
     from vllm import LLM, SamplingParams
 

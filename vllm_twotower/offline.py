@@ -42,6 +42,10 @@ def small_engine(model: Path, **options: Any) -> Iterator[LLM]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    import torch
+
+    if torch.get_num_threads() == 1:  # else OpenMP has threads, which a forked process lacks
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     from vllm import LLM
 
     llm = LLM(

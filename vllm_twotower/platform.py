@@ -6,12 +6,14 @@ small compilations.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from vllm import envs
 from vllm.platforms.cpu import CpuPlatform
 
 from vllm_twotower.patches.registry import serves_two_tower
+from vllm_twotower.processes import START_METHOD, spawn_processes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,13 +39,20 @@ class TwoTowerCpuPlatform(CpuPlatform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """A single rank that binds no threads runs in the engine's process.
+        """Where no threads are bound, a single rank runs in the engine's process, and processes may be forked.
 
-        vLLM gives it a process of its own, in whose environment it writes how OpenMP's threads are bound: without
-        binding that costs a start of vLLM and two messages a step for nothing.
+        vLLM writes how OpenMP's threads are bound into the environment of a process of its own for every rank, which
+        must be spawned to read it: without binding that costs starts of vLLM and two messages a step for nothing.
         """
         parallel = vllm_config.parallel_config
-        in_process = parallel.distributed_executor_backend == "uni" and envs.VLLM_CPU_OMP_THREADS_BIND == "nobind"
+        backend, method = parallel.distributed_executor_backend, os.environ.get(START_METHOD)
         super().check_and_update_config(vllm_config)
-        if in_process and serves_two_tower(vllm_config.model_config):
-            parallel.distributed_executor_backend = "uni"
+        if not serves_two_tower(vllm_config.model_config):
+            return
+        if envs.VLLM_CPU_OMP_THREADS_BIND == "nobind":
+            if backend == "uni":
+                parallel.distributed_executor_backend = backend
+            if method == "fork":
+                os.environ[START_METHOD] = method
+        else:
+            spawn_processes(method, f"VLLM_CPU_OMP_THREADS_BIND={envs.VLLM_CPU_OMP_THREADS_BIND} binds their threads")

@@ -20,12 +20,12 @@ def test_killed_rank(tmp_path: Path) -> None:
 
 
 def test_rank_without_memory(tmp_path: Path) -> None:
-    """An error in a rank whose results nobody reads."""
+    """An error in a rank whose results nobody reads; ranks that are bound to cores, as they are without settings."""
     words = "Rank 1 failed and ends, and the engine with it"
+    environment = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     # So that the memory of a large request comes from the system, not from what the rank had before.
-    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    server = over_processes(tmp_path / "log", shares_imports=True, **environment)
-    with server as deployment, ends_in_errors(deployment, words):
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    with over_processes(tmp_path / "log", **environment) as deployment, ends_in_errors(deployment, words):
         deployment.ranks()[1].rlimit(psutil.RLIMIT_AS, (1 << 20, 1 << 20))
         with pytest.raises(openai.APIError):
             complete(deployment.server, prompt=[5] * 1500, extra_body={"prompt_logprobs": 1})
@@ -35,7 +35,7 @@ def test_replicas_without_experts(tmp_path: Path) -> None:
     """Two engines behind one port share the requests and answer as one does."""
     config = str(REPOSITORY / "configs/tiny-cpu.yaml")
     options = ("--config", config, "--data-parallel-size", "2", "--api-server-count", "1")
-    with running_server(TINY, tmp_path / "log", *options, shares_imports=True) as server:
+    with running_server(TINY, tmp_path / "log", *options) as server:
         with ThreadPoolExecutor(8) as pool:
             answers = set(pool.map(lambda _: complete(server), range(8)))
         assert len(answers) == 1

@@ -32,7 +32,7 @@ from two_ranks import MODES, reference_answers
 from vllm.tokenizers import get_tokenizer
 
 from vllm_twotower import ray_cluster
-from vllm_twotower.parallel import check_ray_devices
+from vllm_twotower.processes import check_ray_devices
 
 pytestmark = pytest.mark.ray
 
@@ -61,10 +61,12 @@ class TestOverRay:
 
     def test_clients(self, deployment: Deployment) -> None:
         check_clients(deployment.server)
+        # The tests' servers fork their processes; beside Ray such a process hangs.
+        assert "processes are spawned, since this one was connected to Ray" in deployment.server.log_text()
 
     def test_no_device_left(self, deployment: Deployment, cluster: dict[str, str]) -> None:
         """The check of a server's start, in a process with the cluster's variables from its beginning."""
-        check = "from vllm_twotower.parallel import check_ray_devices; check_ray_devices(2, patience=1)"
+        check = "from vllm_twotower.processes import check_ray_devices; check_ray_devices(2, patience=1)"
         command = [sys.executable, "-c", check]
         result = subprocess.run(command, env=os.environ | cluster, capture_output=True, text=True, timeout=120)
         assert result.returncode != 0

@@ -14,13 +14,14 @@ import golden_data
 import pytest
 from oracle import expected
 from ray_clusters import running_cluster
+from serving import server_environment
 from two_ranks import MODES, PROBLEMS, random_requests, reference_answers
 from vllm.tokenizers import get_tokenizer
 
 from vllm_twotower.reference import TwoTowerModel
 
 TESTS = Path(__file__).parents[1]
-CHECKPOINTS = {"mp": ("B", "C", "trained"), "ray": ("A", "C")}
+CHECKPOINTS = {"mp": ("B", "C", "trained"), "ray": ("C",)}
 """By executor: what differs between them does not depend on the checkpoint. test_ray_serving.py has the trained one."""
 SCORES = 3
 """The width of what ranks exchange of their logits: the largest, its token, the logsumexp."""
@@ -37,8 +38,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         with running_cluster(2, PYTHONPATH=str(TESTS)) as variables:
             run(command, environment | variables)
     else:
-        own = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_HOST_IP": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        run(command, environment | own)
+        run(command, environment | server_environment())
     results = json.loads(output.read_text())
     assert tuple(results) == checkpoints
     return results
