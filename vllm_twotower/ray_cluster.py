@@ -35,10 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        raise SystemExit("vllm-twotower ray-up: this machine has GPUs that Ray finds itself; use `ray start --head`")
     try:
         variables = start(args.ranks, args.port, args.threads)
     except RayClusterError as error:
@@ -50,8 +46,8 @@ def start(ranks: int, port: int, threads: int = 0) -> dict[str, str]:
     """Starts the cluster; returns the environment variables of a server that is to use it.
 
     ``ranks`` is the number of logical GPUs. Raises RayClusterError if an argument is impossible, the port is taken,
-    token authentication is switched off, or a process of Ray's listens on other interfaces than the loopback, in which
-    case the cluster is ended.
+    token authentication is switched off, the machine has GPUs, or a process of Ray's listens on other interfaces than
+    the loopback, in which case the cluster is ended.
     """
     if ranks < 1:
         raise RayClusterError(f"--ranks is {ranks}: it must be at least 1")
@@ -66,6 +62,10 @@ def start(ranks: int, port: int, threads: int = 0) -> dict[str, str]:
     with socket.socket() as probe:
         if probe.connect_ex((LOOPBACK, port)) == 0:
             raise RayClusterError(f"port {port} is taken, perhaps by a cluster: `ray stop` ends it, or choose a --port")
+    from vllm.platforms import current_platform  # takes seconds
+
+    if not current_platform.is_cpu():
+        raise RayClusterError("this machine has GPUs that Ray finds itself; use `ray start --head`")
     environment = os.environ | variables
     environment.pop("RAY_ADDRESS")  # that of a cluster to join
     _ray(["get-auth-token", "--generate"], environment)
