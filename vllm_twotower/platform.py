@@ -10,13 +10,17 @@ import os
 from typing import TYPE_CHECKING
 
 from vllm import envs
+from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 
 from vllm_twotower.patches.registry import serves_two_tower
-from vllm_twotower.processes import START_METHOD, spawn_processes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
+
+_START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
 
 def cpu_platform() -> str | None:
@@ -45,7 +49,7 @@ class TwoTowerCpuPlatform(CpuPlatform):
         must be spawned to read it: without binding that costs starts of vLLM and two messages a step for nothing.
         """
         parallel = vllm_config.parallel_config
-        backend, method = parallel.distributed_executor_backend, os.environ.get(START_METHOD)
+        backend, method = parallel.distributed_executor_backend, os.environ.get(_START_METHOD)
         super().check_and_update_config(vllm_config)
         if not serves_two_tower(vllm_config.model_config):
             return
@@ -53,6 +57,10 @@ class TwoTowerCpuPlatform(CpuPlatform):
             if backend == "uni":
                 parallel.distributed_executor_backend = backend
             if method == "fork":
-                os.environ[START_METHOD] = method
-        else:
-            spawn_processes(method, f"VLLM_CPU_OMP_THREADS_BIND={envs.VLLM_CPU_OMP_THREADS_BIND} binds their threads")
+                os.environ[_START_METHOD] = method
+        elif method == "fork":
+            logger.warning(
+                "%s=fork: processes are spawned, since VLLM_CPU_OMP_THREADS_BIND=%s binds their threads",
+                _START_METHOD,
+                envs.VLLM_CPU_OMP_THREADS_BIND,
+            )

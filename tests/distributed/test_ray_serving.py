@@ -1,12 +1,10 @@
-"""`vllm serve --config configs/ray-tp2.yaml` with real clients, and what becomes of it when a part of it dies."""
+"""Engines over Ray: their tokens, `vllm serve --config configs/ray-tp2.yaml`, and its end when a part of it dies."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,20 +25,29 @@ from deployments import (
     port_of,
 )
 from ray_clusters import ray_up, running_cluster
-from serving import Server, free_port, wait_until
-from two_ranks import MODES, reference_answers
+from serving import Server, free_port, server_environment, wait_until
+from two_ranks import (
+    MODES,
+    check_goldens,
+    check_greedy_exchanges,
+    check_random_requests,
+    reference_answers,
+    run_two_ranks,
+)
 from vllm.tokenizers import get_tokenizer
 
 from vllm_twotower import ray_cluster
-from vllm_twotower.processes import check_ray_devices
+from vllm_twotower.ray_devices import check_ray_devices
+
+TESTS = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
-    """Variables of a cluster with two devices, which servers use one after the other."""
-    with running_cluster(2) as variables:
+    """Variables of a cluster with two devices, which engines use one after the other."""
+    with running_cluster(2, PYTHONPATH=str(TESTS)) as variables:
         yield variables
 
 
@@ -48,6 +55,14 @@ def test_a_cluster_is_reachable_from_this_machine_only(cluster: dict[str, str]) 
     processes = ray_cluster.cluster_processes(port_of(cluster))
     assert {"gcs_server", "raylet"} <= {process.name() for process in processes}
     assert ray_cluster.exposed_addresses(processes) == []
+
+
+def test_tokens(cluster: dict[str, str], tmp_path: Path) -> None:
+    """What differs from ranks over processes does not depend on the checkpoint; the trained one's answers are below."""
+    found = run_two_ranks("ray", ("C",), tmp_path / "results.json", server_environment() | cluster)["C"]
+    check_goldens("C", found)
+    check_random_requests(found)
+    check_greedy_exchanges("C", found)
 
 
 @pytest.fixture(scope="class")
@@ -61,16 +76,15 @@ class TestOverRay:
 
     def test_clients(self, deployment: Deployment) -> None:
         check_clients(deployment.server)
-        # The tests' servers fork their processes; beside Ray such a process hangs.
-        assert "processes are spawned, since this one was connected to Ray" in deployment.server.log_text()
 
-    def test_no_device_left(self, deployment: Deployment, cluster: dict[str, str]) -> None:
-        """The check of a server's start, in a process with the cluster's variables from its beginning."""
-        check = "from vllm_twotower.processes import check_ray_devices; check_ray_devices(2, patience=1)"
-        command = [sys.executable, "-c", check]
-        result = subprocess.run(command, env=os.environ | cluster, capture_output=True, text=True, timeout=120)
-        assert result.returncode != 0
-        assert "2 ranks need as many GPUs of the Ray cluster, of which 0 are free (of 2)" in result.stderr
+    def test_no_device_left(
+        self, deployment: Deployment, cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The check of a server's start."""
+        for name, value in cluster.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=r"2 ranks need as many GPUs .*, of which 0 are free \(of 2\)"):
+            check_ray_devices(2, patience=1)
         assert deployment.server.answers()
 
     def test_killed_rank(self, deployment: Deployment) -> None:

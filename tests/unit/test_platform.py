@@ -10,7 +10,6 @@ from vllm import EngineArgs
 from vllm.platforms import current_platform
 
 import vllm_twotower.platform
-import vllm_twotower.processes
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="for CPUs")
 
@@ -53,7 +52,7 @@ def test_processes_are_forked_where_no_threads_are_bound(
 ) -> None:
     """vLLM spawns them, whatever was asked for."""
     warnings: list[str] = []
-    monkeypatch.setattr(vllm_twotower.processes.logger, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(vllm_twotower.platform.logger, "warning", lambda text, *values: warnings.append(text % values))
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", asked or "")  # always, so that it is put back
     if asked is None:
         monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")

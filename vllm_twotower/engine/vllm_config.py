@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_twotower.checkpoint import DEFAULT_CANVAS_LENGTH, TwoTowerConfig
 from vllm_twotower.config import EngineOptions
 from vllm_twotower.parallel import check_tensor_parallel_size
-from vllm_twotower.processes import check_ray_devices
+from vllm_twotower.ray_devices import check_ray_devices
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
