@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from golden_data import DiffusionRun
@@ -18,7 +19,6 @@ from golden_data import DiffusionRun
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm import LLM, RequestOutput, SamplingParams  # noqa: E402
-from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
 DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
@@ -32,14 +32,25 @@ DEFAULTS: dict[str, Any] = {
 @contextmanager
 def running_engine(model: Path, twotower: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:
     """An engine on ``model``; ``options`` override ``DEFAULTS``, ``twotower`` goes to its additional config."""
-    gc.freeze()  # vLLM collects garbage eight times while it starts: not among all that is imported
-    llm = LLM(model=str(model), **{**DEFAULTS, "additional_config": {"twotower": twotower or {}}, **options})
+    with _garbage_from_here_on():
+        llm = LLM(model=str(model), **{**DEFAULTS, "additional_config": {"twotower": twotower or {}}, **options})
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+
+
+@contextmanager
+def _garbage_from_here_on() -> Iterator[None]:
+    """vLLM collects garbage ten times in an engine's life: not among all that was imported before, but the engine's."""
+    gc.freeze()
     try:
-        yield llm
+        with mock.patch.object(gc, "freeze"), mock.patch.object(gc, "unfreeze"):
+            yield
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()  # also collects the engine's garbage
+        gc.unfreeze()
 
 
 def core(llm: LLM) -> Any:
