@@ -50,9 +50,9 @@ class Deployment:
 
 
 @contextmanager
-def over_ray(log: Path, cluster: dict[str, str]) -> Iterator[Deployment]:
+def over_ray(log: Path, cluster: dict[str, str], model: Path = TINY) -> Iterator[Deployment]:
     """A server as configs/ray-tp2.yaml describes it, in fp32, on the cluster with these variables."""
-    with running_server(TINY, log, *CONFIG, "--dtype", "float32", environment=cluster) as server:
+    with running_server(model, log, *CONFIG, "--dtype", "float32", environment=cluster) as server:
         yield Deployment(server, port_of(cluster))
 
 

@@ -1,7 +1,7 @@
-"""Engines with two tensor-parallel ranks, in a process of their own: python two_ranks.py EXECUTOR OUTPUT CHECKPOINT...
+"""Engines with two tensor-parallel ranks, in a process of their own: python two_ranks.py OUTPUT CHECKPOINT...
 
 Writes, for each of the checkpoints, the tokens of its golden runs, of autoregression, of random requests, of the
-trained model's problems, and what its ranks exchanged. The functions that begin with check compare them.
+trained model's problems, and what its ranks exchanged.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +24,6 @@ ROOT = Path(__file__).parents[1]
 TRAINED = ROOT / "models/tiny-twotower"
 PROBLEMS = [json.loads(line)["prompt"] for line in (TRAINED / "heldout.jsonl").read_text().splitlines()[:12]]
 MODES = ("ar", "mask_diffusion")
-SCORES = 3
-"""The width of what ranks exchange of their logits: the largest, its token, the logsumexp."""
-
 Found = dict[str, Any]
 """What one checkpoint's engine gave."""
 
@@ -45,58 +40,15 @@ def trained_params(mode: str) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=64, extra_args={"diffusion_mode": mode})
 
 
-def reference_answers(mode: str, problems: list[str]) -> list[list[int]]:
-    """The tokens that the trained model's reference answers them with."""
+def reference_answers(mode: str) -> list[list[int]]:
+    """The tokens that the trained model's reference answers its problems with."""
     from oracle import expected
     from vllm.tokenizers import get_tokenizer
 
     from vllm_twotower.reference import TwoTowerModel
 
     model, tokenizer = TwoTowerModel.from_pretrained(TRAINED), get_tokenizer(str(TRAINED))
-    return [expected(model, tokenizer.encode(problem), trained_params(mode)).token_ids for problem in problems]
-
-
-def run_two_ranks(
-    executor: str, checkpoints: tuple[str, ...], output: Path, environment: Mapping[str, str]
-) -> dict[str, Found]:
-    """What the engines give, by checkpoint."""
-    command = [sys.executable, __file__, executor, str(output), *checkpoints]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert process.returncode == 0, (process.stdout + process.stderr)[-5000:]
-    results = json.loads(output.read_text())
-    assert tuple(results) == checkpoints
-    return results
-
-
-def check_goldens(name: str, found: Found) -> None:
-    """Block by block and token by token, the tokens are NVIDIA's."""
-    runs = golden_data.diffusion_runs(name) + golden_data.diffusion_runs(name, "eos_runs")
-    assert found["diffusion"] == [list(run.tokens) for run in runs]
-    assert found["ar"] == [prompt["ar"]["new_ids"] for prompt in golden_data.prompts(name)]
-
-
-def check_random_requests(found: Found) -> None:
-    """Seeds, filters, rules and strategies: every rank takes the decisions of the oracle, which knows no ranks."""
-    from oracle import expected
-    from vllm.tokenizers import get_tokenizer
-
-    from vllm_twotower.reference import TwoTowerModel
-
-    checkpoint = golden_data.checkpoint("C")
-    model, tokenizer = TwoTowerModel.from_pretrained(checkpoint), get_tokenizer(str(checkpoint))
-    want = [expected(model, one.prompt, one.params(tokenizer)).token_ids for one in random_requests()]
-    assert found["random"] == want
-    vocabulary = 320
-    assert any(f"all_gather {vocabulary // 2}" in exchanged for exchanged in found["random_exchanges"])
-
-
-def check_greedy_exchanges(name: str, found: Found) -> None:
-    """They do not grow with the vocabulary: of logits three numbers a row, everything else as wide as hidden states."""
-    hidden = 192 if name == "trained" else 64
-    sums = {f"all_reduce {hidden}", "all_reduce 1"}  # 1: the square means of a Mamba norm whose group ranks share
-    for exchanged in found["greedy_exchanges"]:
-        assert f"all_gather {SCORES}" in exchanged
-        assert set(exchanged) <= {f"all_gather {SCORES}", *sums}
+    return [expected(model, tokenizer.encode(problem), trained_params(mode)).token_ids for problem in PROBLEMS]
 
 
 def count_exchanges(worker: Any) -> None:
@@ -122,9 +74,8 @@ def exchanged(worker: Any) -> dict[str, int]:
     return found
 
 
-def main(executor: str, output: Path, checkpoints: list[str]) -> None:
+def main(output: Path, checkpoints: list[str]) -> None:
     """Runs everything."""
-    import ray
     from vllm import LLM, SamplingParams
 
     results: dict[str, Found] = {}
@@ -138,7 +89,6 @@ def main(executor: str, output: Path, checkpoints: list[str]) -> None:
             max_num_batched_tokens=256,
             kv_cache_memory_bytes=64 << 20,
             tensor_parallel_size=2,
-            distributed_executor_backend=executor,
         )
 
         def generate(prompts: list[Any], params: list[Any], llm: LLM = llm) -> list[list[int]]:
@@ -165,8 +115,6 @@ def main(executor: str, output: Path, checkpoints: list[str]) -> None:
             found["random"] = generate(ids([one.prompt for one in drawn]), [one.params() for one in drawn])
             found["random_exchanges"] = llm.collective_rpc(exchanged)
         llm.llm_engine.engine_core.shutdown()
-        if executor == "ray":
-            ray.shutdown()  # else its devices stay with this process
         del llm, generate
     output.write_text(json.dumps(results))
 
@@ -174,4 +122,4 @@ def main(executor: str, output: Path, checkpoints: list[str]) -> None:
 if __name__ == "__main__":
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions to run in the workers
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # servers have their engine in a process; here it takes seconds
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2:])

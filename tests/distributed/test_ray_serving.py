@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import golden_data
 import openai
 import psutil
 import pytest
+from answers import Answer, assert_same, completion_arguments, expected_answers, golden_request, of_completion
 from deployments import (
     FAULT_SECONDS,
     KILLED_RANK,
     PROMPT,
-    TINY,
     Deployment,
     complete,
     ends_in_errors,
@@ -25,29 +26,21 @@ from deployments import (
     port_of,
 )
 from ray_clusters import ray_up, running_cluster
-from serving import Server, free_port, server_environment, wait_until
-from two_ranks import (
-    MODES,
-    check_goldens,
-    check_greedy_exchanges,
-    check_random_requests,
-    reference_answers,
-    run_two_ranks,
-)
+from serving import Server, free_port, token_request, wait_until
+from two_ranks import random_requests
 from vllm.tokenizers import get_tokenizer
 
 from vllm_twotower import ray_cluster
 from vllm_twotower.ray_devices import check_ray_devices
-
-TESTS = Path(__file__).parents[1]
+from vllm_twotower.reference import TwoTowerModel
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
-    """Variables of a cluster with two devices, which engines use one after the other."""
-    with running_cluster(2, PYTHONPATH=str(TESTS)) as variables:
+    """Variables of a cluster with two devices, which servers use one after the other."""
+    with running_cluster(2) as variables:
         yield variables
 
 
@@ -57,22 +50,33 @@ def test_a_cluster_is_reachable_from_this_machine_only(cluster: dict[str, str]) 
     assert ray_cluster.exposed_addresses(processes) == []
 
 
-def test_tokens(cluster: dict[str, str], tmp_path: Path) -> None:
-    """What differs from ranks over processes does not depend on the checkpoint; the trained one's answers are below."""
-    found = run_two_ranks("ray", ("C",), tmp_path / "results.json", server_environment() | cluster)["C"]
-    check_goldens("C", found)
-    check_random_requests(found)
-    check_greedy_exchanges("C", found)
-
-
 @pytest.fixture(scope="class")
 def deployment(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    with over_ray(tmp_path_factory.mktemp("server") / "log", cluster) as deployment:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with over_ray(log, cluster, golden_data.checkpoint("C")) as deployment:
         yield deployment
 
 
 class TestOverRay:
-    """One server: its clients, no device left for another one, and its end with a rank's."""
+    """One server: its tokens and clients, no device left for another one, and its end with a rank's."""
+
+    def test_goldens(self, deployment: Deployment) -> None:
+        runs = golden_data.diffusion_runs("C")
+        requests = [(golden_request(run), run.tokens) for run in runs]
+        for prompt in golden_data.prompts("C"):
+            run = prompt["ar"]
+            request = token_request(prompt["ids"], run["max_new_tokens"], diffusion_mode="ar")
+            requests.append((request, tuple(run["new_ids"])))
+        answers = at_once(deployment.server, [request for request, _ in requests])
+        assert [tuple(answer.token_ids) for [answer] in answers] == [tokens for _, tokens in requests]
+
+    def test_random_requests(self, deployment: Deployment) -> None:
+        """Seeds, filters, rules and strategies: every rank takes the decisions of the oracle, which knows no ranks."""
+        drawn, checkpoint = random_requests(), golden_data.checkpoint("C")
+        answers = at_once(deployment.server, [completion_arguments(one.prompt, one.options) for one in drawn])
+        model, tokenizer = TwoTowerModel.from_pretrained(checkpoint), get_tokenizer(str(checkpoint))
+        for one, got in zip(drawn, answers, strict=True):
+            assert_same(got, expected_answers(model, tokenizer, one.prompt, one.options))
 
     def test_clients(self, deployment: Deployment) -> None:
         check_clients(deployment.server)
@@ -92,15 +96,17 @@ class TestOverRay:
             deployment.ranks()[1].kill()
 
 
+def at_once(server: Server, requests: list[dict]) -> list[list[Answer]]:
+    """The choices of completions that are asked for by clients of their own."""
+    with ThreadPoolExecutor(16) as pool:
+        done = list(pool.map(lambda one: server.openai.completions.create(model=server.model, **one), requests))
+    return [[of_completion(choice) for choice in answer.choices] for answer in done]
+
+
 def check_clients(server: Server) -> None:
-    """The reference's answer, in every mode; then sixteen clients at once: streams, aborts, and the same answers."""
-    tokenizer, answers = get_tokenizer(str(TINY)), {}
-    for mode in MODES:
-        [tokens] = reference_answers(mode, [PROMPT])
-        answers[mode] = complete(server, extra_body={"vllm_xargs": {"diffusion_mode": mode}})
-        assert answers[mode].strip()
-        assert answers[mode] == tokenizer.decode(tokens, skip_special_tokens=True)
-    alone = answers["mask_diffusion"]
+    """Sixteen clients at once: streams, aborts, and the same answers."""
+    alone = complete(server)
+    assert alone.strip()
     with ThreadPoolExecutor(16) as pool:
         assert set(pool.map(lambda _: complete(server), range(32))) == {alone}
 

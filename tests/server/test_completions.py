@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import golden_data
 import pytest
+from answers import golden_request
 from serving import Server, token_request
 
 from vllm_twotower.reference import TwoTowerModel, generate_ar, generate_mask_diffusion
@@ -15,18 +16,6 @@ def complete(server: Server, request: dict) -> tuple[tuple[int, ...], str]:
     """Tokens and finish reason of the only choice."""
     [choice] = server.openai.completions.create(model=server.model, **request).choices
     return tuple(choice.token_ids), choice.finish_reason
-
-
-def golden_request(run: golden_data.DiffusionRun) -> dict:
-    return token_request(
-        run.prompt,
-        run.max_new_tokens,
-        diffusion_mode="mask_diffusion",
-        diffusion_confidence_threshold=run.gamma,
-        diffusion_max_steps=run.steps,
-        diffusion_canvas_length=run.block_size,
-        diffusion_strategy="confidence_unmasking",
-    )
 
 
 def test_mask_diffusion_equals_the_goldens(server: Server) -> None:

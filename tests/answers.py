@@ -8,7 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from golden_data import DiffusionRun
 from oracle import Expected, expected, prompt_logprobs
+from serving import token_request
 from vllm import SamplingParams
 from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
@@ -63,6 +65,19 @@ def completion_arguments(prompt: Sequence[int], options: Mapping[str, Any]) -> d
     if "logprob_token_ids" in extra:
         own["logprobs"] = len(extra["logprob_token_ids"])
     return {"prompt": list(prompt), **own, "extra_body": extra}
+
+
+def golden_request(run: DiffusionRun) -> dict[str, Any]:
+    """Arguments of ``completions.create`` for a golden run."""
+    return token_request(
+        run.prompt,
+        run.max_new_tokens,
+        diffusion_mode="mask_diffusion",
+        diffusion_confidence_threshold=run.gamma,
+        diffusion_max_steps=run.steps,
+        diffusion_canvas_length=run.block_size,
+        diffusion_strategy="confidence_unmasking",
+    )
 
 
 def completion_body(prompt: Sequence[int], options: Mapping[str, Any]) -> dict[str, Any]:
