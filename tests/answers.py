@@ -68,8 +68,8 @@ def completion_arguments(prompt: Sequence[int], options: Mapping[str, Any]) -> d
 
 
 def golden_request(run: DiffusionRun) -> dict[str, Any]:
-    """Arguments of ``completions.create`` for a golden run."""
-    return token_request(
+    """Arguments of ``completions.create`` for a golden run, which its EOS ends if it has one."""
+    request = token_request(
         run.prompt,
         run.max_new_tokens,
         diffusion_mode="mask_diffusion",
@@ -78,6 +78,9 @@ def golden_request(run: DiffusionRun) -> dict[str, Any]:
         diffusion_canvas_length=run.block_size,
         diffusion_strategy="confidence_unmasking",
     )
+    if run.eos_token_id is not None:
+        request["extra_body"]["stop_token_ids"] = [run.eos_token_id]
+    return request
 
 
 def completion_body(prompt: Sequence[int], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import openai
@@ -79,8 +79,9 @@ def ends_in_errors(deployment: Deployment, pattern: str) -> Iterator[None]:
     """The body causes a fault: all requests end in errors, the server ends and says why, and nothing is left of it."""
     server, processes = deployment.server, deployment.processes()
     errors: list[Exception] = []
+    anew = replace(server)  # with new connections: the server closes those that were idle, perhaps at this moment
     for number in range(4):
-        threading.Thread(target=_endless_request, args=(server, number % 2 == 0, errors), daemon=True).start()
+        threading.Thread(target=_endless_request, args=(anew, number % 2 == 0, errors), daemon=True).start()
     wait_until(lambda: server.metrics()["vllm:num_requests_running"] == 4, "four requests run")
     segments = {segment for process in processes for segment in _segments(process)}
     queues = {segment for segment in segments if segment.name.startswith("psm_")}

@@ -129,11 +129,7 @@ def free_port() -> int:
 
 @contextmanager
 def running_server(
-    model: str | Path,
-    log: Path,
-    *options: str,
-    name: str = "served",
-    environment: Mapping[str, str] | None = None,
+    model: str | Path, log: Path, *options: str, name: str = "served", environment: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
     """`vllm serve` on a free port of 127.0.0.1, ready for requests; its output goes to ``log``."""
     port = free_port()

@@ -24,8 +24,6 @@ ROOT = Path(__file__).parents[1]
 TRAINED = ROOT / "models/tiny-twotower"
 PROBLEMS = [json.loads(line)["prompt"] for line in (TRAINED / "heldout.jsonl").read_text().splitlines()[:12]]
 MODES = ("ar", "mask_diffusion")
-Found = dict[str, Any]
-"""What one checkpoint's engine gave."""
 
 
 def random_requests() -> list[RandomRequest]:
@@ -38,17 +36,6 @@ def trained_params(mode: str) -> SamplingParams:
     from vllm import SamplingParams
 
     return SamplingParams(temperature=0, max_tokens=64, extra_args={"diffusion_mode": mode})
-
-
-def reference_answers(mode: str) -> list[list[int]]:
-    """The tokens that the trained model's reference answers its problems with."""
-    from oracle import expected
-    from vllm.tokenizers import get_tokenizer
-
-    from vllm_twotower.reference import TwoTowerModel
-
-    model, tokenizer = TwoTowerModel.from_pretrained(TRAINED), get_tokenizer(str(TRAINED))
-    return [expected(model, tokenizer.encode(problem), trained_params(mode)).token_ids for problem in PROBLEMS]
 
 
 def count_exchanges(worker: Any) -> None:
@@ -78,7 +65,7 @@ def main(output: Path, checkpoints: list[str]) -> None:
     """Runs everything."""
     from vllm import LLM, SamplingParams
 
-    results: dict[str, Found] = {}
+    results: dict[str, Any] = {}
     for name in checkpoints:
         is_golden = name != "trained"
         llm = LLM(

@@ -19,7 +19,8 @@ def check_ray_devices(needed: int, patience: float = 20.0) -> None:
     """Raises ValueError unless the running Ray cluster has ``needed`` devices free, or in ``patience`` seconds.
 
     vLLM itself would wait half an hour. Devices of an engine that was just ended take a moment to come free. Without a
-    cluster, vLLM starts one on a machine with GPUs; on CPUs that would have no devices.
+    cluster, vLLM starts one on a machine with GPUs; on CPUs that would have no devices. RuntimeError with Ray's words
+    if it fails otherwise.
     """
     import ray
     from vllm.platforms import current_platform

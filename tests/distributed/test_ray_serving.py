@@ -61,7 +61,7 @@ class TestOverRay:
     """One server: its tokens and clients, no device left for another one, and its end with a rank's."""
 
     def test_goldens(self, deployment: Deployment) -> None:
-        runs = golden_data.diffusion_runs("C")
+        runs = golden_data.diffusion_runs("C") + golden_data.diffusion_runs("C", "eos_runs")
         requests = [(golden_request(run), run.tokens) for run in runs]
         for prompt in golden_data.prompts("C"):
             run = prompt["ar"]
