@@ -13,6 +13,7 @@ START_MODULES = (
     "diffusion_metrics",
     "shared_memory_names",
     "beam_search",
+    "open_requests",
 )
 WORKER_MODULES = (
     "triton_placeholder",

@@ -57,9 +57,9 @@ def over_ray(log: Path, cluster: dict[str, str], model: Path = TINY) -> Iterator
 
 
 @contextmanager
-def over_processes(log: Path, **environment: str) -> Iterator[Deployment]:
+def over_processes(log: Path, *options: str, **environment: str) -> Iterator[Deployment]:
     """The same server without Ray, as its configuration has it."""
-    options = (*CONFIG, "--distributed-executor-backend", "mp")
+    options = (*CONFIG, "--distributed-executor-backend", "mp", *options)
     with running_server(TINY, log, *options, environment=environment) as server:
         yield Deployment(server)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,12 +14,40 @@ import psutil
 import pytest
 from deployments import KILLED_RANK, TINY, complete, ends_in_errors, over_processes
 from prometheus_client.parser import text_string_to_metric_families
-from serving import REPOSITORY, running_server
+from serving import REPOSITORY, running_server, server_environment
+from stuck_rank import STUCK_FILE, STUCK_RANK
 
 
 def test_killed_rank(tmp_path: Path) -> None:
     with over_processes(tmp_path / "log") as deployment, ends_in_errors(deployment, KILLED_RANK):
         deployment.ranks()[1].kill()
+
+
+def test_killed_rank_that_another_waits_for(tmp_path: Path) -> None:
+    """Where nothing tells the other rank, as in a sum over shared memory; it does not notice a SIGTERM either."""
+    signal_file = tmp_path / "wait"
+    environment = {STUCK_RANK: "0", STUCK_FILE: str(signal_file), "PYTHONPATH": str(REPOSITORY / "tests")}
+    with over_processes(tmp_path / "log", "--worker-cls", "stuck_rank.StuckRank", **environment) as deployment:
+        with ends_in_errors(deployment, "Another rank has ended"):
+            signal_file.touch()
+            time.sleep(1)
+            deployment.ranks()[1].kill()
+        assert "API server: shutdown triggered" not in deployment.server.log_text()
+
+
+def test_a_signal_for_a_rank_is_not_the_servers(tmp_path: Path) -> None:
+    """A forked process inherits what its parent's event loop reads signals from."""
+    with over_processes(tmp_path / "log") as deployment:
+        with ends_in_errors(deployment, "died unexpectedly"):
+            deployment.ranks()[0].terminate()
+        assert "API server: shutdown triggered" not in deployment.server.log_text()
+
+
+def test_killed_engine_of_a_batch() -> None:
+    """``LLM.generate`` ends in an error, too."""
+    command = [sys.executable, str(REPOSITORY / "tests/killed_engine.py"), str(TINY)]
+    result = subprocess.run(command, env=server_environment(), capture_output=True, text=True, timeout=120)
+    assert "EngineDeadError" in result.stderr, result.stderr
 
 
 def test_rank_without_memory(tmp_path: Path) -> None:

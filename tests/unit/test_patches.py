@@ -129,6 +129,8 @@ def test_no_cpu_kernel_where_triton_works(monkeypatch):
         "shared-memory-names",
         "beam-search-completion",
         "beam-search-chat",
+        "open-requests-of-a-server",
+        "open-requests-offline",
     }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import signal
 from typing import TYPE_CHECKING
 
 import vllm.envs as envs
@@ -43,6 +46,7 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Resolves the engine's options; raises ValueError for what cannot be served, naming option and value."""
+        _keep_signals_of_forked_processes()
         _refuse_unsupported(vllm_config)
         NemotronHForCausalLMConfig.verify_and_update_config(vllm_config)
 
@@ -73,6 +77,15 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
         # The two towers run on different rows of a step, so a whole-step graph or compiled forward does not apply.
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+
+
+@functools.cache
+def _keep_signals_of_forked_processes() -> None:
+    """A forked process must not pass its signals on to the event loop of the process it was forked from.
+
+    It inherits the file descriptor to which Python writes them: a SIGTERM for a rank would shut the server down.
+    """
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
