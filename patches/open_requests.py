@@ -12,8 +12,13 @@ CLIENT = "vllm.v1.engine.core_client"
 ASYNC_SHUTDOWN, CLIENT_SHUTDOWN = f"{ASYNC}.shutdown", f"{CLIENT}:MPClient.shutdown"
 
 
-def install_after(target: str, answer: Callable[[Any], None]) -> None:
-    """Have ``answer`` called with the engine's client of a TwoTower model once its ``target`` has returned."""
+def install_after(target: str, answer: Callable[[Any, Exception], None]) -> None:
+    """Have ``answer`` called for a TwoTower model, with its client and a dead engine's error, after ``target``.
+
+    An engine may be shut down as late as when Python ends, where nothing can be imported.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
     holder, name = locate(target)
     upstream_shutdown = getattr(holder, name)
 
@@ -22,27 +27,23 @@ def install_after(target: str, answer: Callable[[Any], None]) -> None:
         upstream_shutdown(self, *args, **kwargs)
         config = getattr(self, "vllm_config", None)  # None if it failed to start
         if config is not None and serves_two_tower(config.model_config):
-            answer(self)
+            answer(self, EngineDeadError())
 
     replace(target, shutdown)
 
 
-def end_open_requests(engine: Any) -> None:
-    """Give every open request of an AsyncLLM the error of a dead engine, in the event loop that serves them."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
+def end_open_requests(engine: Any, error: Exception) -> None:
+    """Give every open request of an AsyncLLM the error, in the event loop that serves them."""
     handler = getattr(engine, "output_handler", None)
     if handler is not None and not (loop := handler.get_loop()).is_closed():
-        loop.call_soon_threadsafe(engine.output_processor.propagate_error, EngineDeadError())
+        loop.call_soon_threadsafe(engine.output_processor.propagate_error, error)
 
 
-def end_waiting(client: Any) -> None:
+def end_waiting(client: Any, error: Exception) -> None:
     """Wake whoever waits for the output of a SyncMPClient, as that of an AsyncMPClient is woken by vLLM."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
     outputs = getattr(client, "outputs_queue", None)
     if isinstance(outputs, queue.Queue):
-        outputs.put_nowait(EngineDeadError())
+        outputs.put_nowait(error)
 
 
 _REMOVE_WHEN = "a vLLM engine that is shut down, or whose process is killed, ends the requests that are open"

@@ -14,6 +14,7 @@ START_MODULES = (
     "shared_memory_names",
     "beam_search",
     "open_requests",
+    "request_errors",
 )
 WORKER_MODULES = (
     "triton_placeholder",

@@ -39,7 +39,8 @@ class EngineOptions:
     ``mask_diffusion`` block by block. ``denoise_steps_per_engine_step`` bounds the denoiser passes of one engine step;
     ``auto`` goes on while no request waits for the step's end. Beside blocks, prompts may take as many tokens of a step
     as the blocks of all open requests would, and at least ``prompt_tokens_beside_blocks``.
-    ``request_metrics`` is the level of ``--per-request-spec-decode-metrics``.
+    ``request_metrics`` is the level of ``--per-request-spec-decode-metrics``. With ``custom_arguments`` a request's
+    ``extra_args`` may hold those of custom logits processors.
     """
 
     canvas_length: int = DEFAULT_CANVAS_LENGTH
@@ -51,6 +52,7 @@ class EngineOptions:
     denoise_steps_per_engine_step: int | Literal["auto"] = "auto"
     prompt_tokens_beside_blocks: int = 64
     request_metrics: str = "none"
+    custom_arguments: bool = False
 
     @classmethod
     def resolve(
@@ -62,6 +64,7 @@ class EngineOptions:
         vocab_size: int,
         request_metrics: str = "none",
         prompt_tokens_beside_blocks: int = 64,
+        custom_arguments: bool = False,
     ) -> EngineOptions:
         """Builds the options from vLLM's configuration; raises ValueError naming the option, its value, and the rule.
 
@@ -81,7 +84,10 @@ class EngineOptions:
             "denoise_steps_per_engine_step": _steps_or_auto,
             "prompt_tokens_beside_blocks": lambda name, value: _integer(name, value, 1, None),
         }
-        chosen: dict[str, Any] = {"prompt_tokens_beside_blocks": prompt_tokens_beside_blocks}
+        chosen: dict[str, Any] = {
+            "prompt_tokens_beside_blocks": prompt_tokens_beside_blocks,
+            "custom_arguments": custom_arguments,
+        }
         if mask_token_id is not None:
             chosen["mask_token_id"] = mask_token_id
         for name, value in given.items():
@@ -152,7 +158,11 @@ class RequestOptions:
         """
         from vllm_twotower.sampling.strategies import NOISE_SCHEDULES, REMASKING_SCORES, strategies
 
-        given = {name: value for name, value in (extra_args or {}).items() if value is not None}
+        given = {
+            name: value
+            for name, value in (extra_args or {}).items()
+            if value is not None and (name.startswith(_PREFIX) or not engine.custom_arguments)
+        }
         unknown = sorted(set(given) - set(_REQUEST_OPTIONS))
         if unknown:
             raise RequestError(
@@ -190,8 +200,9 @@ class RequestOptions:
 
 
 # The names of RequestOptions' fields are the options' names without the prefix.
-_REQUEST_OPTIONS = tuple("diffusion_" + field.name for field in fields(RequestOptions))
-_BLOCK_OPTIONS = {field.name: "diffusion_" + field.name for field in fields(RequestOptions) if field.name != "mode"}
+_PREFIX = "diffusion_"
+_REQUEST_OPTIONS = tuple(_PREFIX + field.name for field in fields(RequestOptions))
+_BLOCK_OPTIONS = {field.name: _PREFIX + field.name for field in fields(RequestOptions) if field.name != "mode"}
 # Each of these means something to the strategies that name it.
 _STRATEGY_OPTIONS = {"confidence_threshold", "noise_schedule", "adaptive_unmasking", "remasking"}
 

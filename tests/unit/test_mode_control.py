@@ -17,14 +17,18 @@ from vllm_twotower.engine.mode_control import MIN_DWELL, ModeControl
 from vllm_twotower.engine.rows import RowWork
 
 
+def made_control() -> ModeControl:
+    vllm_twotower.register()
+    arguments = {"model": str(golden_data.checkpoint("A")), "dtype": "float32", "max_model_len": 256}
+    config = EngineArgs(**arguments).create_engine_config()
+    return ModeControl(config, EngineOptions.of(config.model_config))
+
+
 class Engine:
     """Steps of eight requests, in whatever mode is chosen, that take as long as ``seconds`` says."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], passes: int = 4):
-        vllm_twotower.register()
-        arguments = {"model": str(golden_data.checkpoint("A")), "dtype": "float32", "max_model_len": 256}
-        config = EngineArgs(**arguments).create_engine_config()
-        self.control = ModeControl(config, EngineOptions.of(config.model_config))
+        self.control = made_control()
         self.seconds, self.passes, self.step, self.now = seconds, passes, 0, 0.0
         monkeypatch.setattr(mode_control.time, "perf_counter", lambda: self.now)
 
@@ -83,3 +87,14 @@ def test_unused_ends_of_blocks_count(monkeypatch: pytest.MonkeyPatch) -> None:
     load = control._load(8, 50.0)
     assert (load.prompt_tokens, load.output_tokens) == pytest.approx((30, 17))
     assert load.block_use == pytest.approx(17 / 32)
+
+
+def test_a_step_in_which_it_is_made_is_measured_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ``auto`` request arrives while a step is scheduled."""
+    now, measured = [5000.0], []
+    monkeypatch.setattr(mode_control.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(mode_control.HardwareFit, "add", lambda self, work, seconds, forget: measured.append(seconds))
+    control = made_control()
+    now[0] += 0.25
+    control.step_ends([RowWork(50, 1, 0, 16, 1)], [])
+    assert measured == [0.25]

@@ -131,6 +131,7 @@ def test_no_cpu_kernel_where_triton_works(monkeypatch):
         "beam-search-chat",
         "open-requests-of-a-server",
         "open-requests-offline",
+        "request-errors",
     }
 
 

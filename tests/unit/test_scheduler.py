@@ -344,7 +344,7 @@ def test_pages_hold_two_canvases() -> None:
         check_page_size(cache, 16)
 
 
-COSTS = StepCosts(3, 40, 32, 5, 1, 4, 7, 1, 250, 125, [2, 16])
+COSTS = StepCosts(3, 40, 32, 5, 1, 4, 7, 1, 250, 125, 6, [2, 16])
 
 
 def test_costs_travel_to_the_front_end() -> None:
@@ -378,8 +378,8 @@ def test_prometheus_keeps_engines_apart() -> None:
         made.observe(COSTS.pack(WIDTH), engine_idx=1)
         made.observe(COSTS.pack(WIDTH), engine_idx=1)
         counters = [name for name in HELP if name != STEPS_PER_BLOCK and name not in GAUGES]
-        assert [sample(f"{name}_total", 0) for name in counters] == [0] * 6
-        assert [sample(f"{name}_total", 1) for name in counters] == [10, 4, 2, 8, 14, 2]
+        assert [sample(f"{name}_total", 0) for name in counters] == [0] * 7
+        assert [sample(f"{name}_total", 1) for name in counters] == [10, 4, 2, 12, 8, 14, 2]
         assert [sample(name, 1) for name in GAUGES] == [250e-6, 125e-6]
         assert sample(f"{STEPS_PER_BLOCK}_sum", 1) == 36
         assert sample("vllm:diffusion_num_committed_tokens_total", 1) == 64

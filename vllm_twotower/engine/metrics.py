@@ -16,6 +16,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
 CONTEXT_PASSES = "vllm:twotower_num_context_passes"
 BLOCKS = "vllm:twotower_num_blocks"
 FORCED_BLOCKS = "vllm:twotower_num_forced_blocks"
+NOT_FINITE = "vllm:twotower_num_requests_not_finite"
 STEPS_PER_BLOCK = "vllm:twotower_denoising_steps_per_block"
 AUTO_AR_CHOICES = "vllm:twotower_num_auto_ar_choices"
 AUTO_DIFFUSION_CHOICES = "vllm:twotower_num_auto_diffusion_choices"
@@ -27,6 +28,7 @@ HELP = {
     CONTEXT_PASSES: "Number of rows the context tower ran: prompt chunks, finished blocks and autoregressive tokens.",
     BLOCKS: "Number of finished blocks.",
     FORCED_BLOCKS: "Number of finished blocks that took all the denoising steps their request allows.",
+    NOT_FINITE: "Number of requests that ended with an error because their logits were not finite.",
     STEPS_PER_BLOCK: "Histogram of denoising steps per finished block.",
     AUTO_AR_CHOICES: "Number of blocks that requests with diffusion_mode 'auto' started token by token.",
     AUTO_DIFFUSION_CHOICES: "Number of blocks that requests with diffusion_mode 'auto' started by mask diffusion.",
@@ -44,7 +46,8 @@ class StepCosts:
 
     A pass is one tower's run over one row. ``denoiser_passes`` looked at ``canvas_positions`` positions;
     ``steps_per_block`` has the denoiser passes of each block that was finished, ``forced_blocks`` counts those that
-    took all that their request allows, and ``committed_tokens`` are the tokens of all of them. ``auto`` requests chose
+    took all that their request allows, and ``committed_tokens`` are the tokens of all of them. ``not_finite`` requests
+    ended because their logits were not. ``auto`` requests chose
     their mode for ``auto_ar`` and ``auto_diffusion`` blocks, and the mode changed ``auto_changes`` times;
     ``auto_ar_us`` and ``auto_diffusion_us`` are the predicted microseconds of the last choice, 0 without one.
     """
@@ -59,6 +62,7 @@ class StepCosts:
     auto_changes: int = 0
     auto_ar_us: int = 0
     auto_diffusion_us: int = 0
+    not_finite: int = 0
     steps_per_block: list[int] = field(default_factory=list)
 
     def pack(self, num_spec_tokens: int) -> SpecDecodingStats | None:
@@ -98,6 +102,7 @@ _IN_LIST = (
     "auto_changes",
     "auto_ar_us",
     "auto_diffusion_us",
+    "not_finite",
 )
 
 
@@ -154,6 +159,7 @@ class TwoTowerProm(SpecDecodingProm):
         self._metrics[CONTEXT_PASSES][engine_idx].inc(costs.context_passes)
         self._metrics[BLOCKS][engine_idx].inc(len(costs.steps_per_block))
         self._metrics[FORCED_BLOCKS][engine_idx].inc(costs.forced_blocks)
+        self._metrics[NOT_FINITE][engine_idx].inc(costs.not_finite)
         self._metrics[AUTO_AR_CHOICES][engine_idx].inc(costs.auto_ar)
         self._metrics[AUTO_DIFFUSION_CHOICES][engine_idx].inc(costs.auto_diffusion)
         self._metrics[AUTO_MODE_CHANGES][engine_idx].inc(costs.auto_changes)

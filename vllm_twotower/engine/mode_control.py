@@ -72,7 +72,7 @@ class ModeControl:
         self._num_ended = 0
         self._prompt_tokens = self._output_tokens = self._block_tokens = 0.0  # means of requests that ended
         self._num_measured = 0
-        self._started = 0.0
+        self._started = time.perf_counter()  # made within a step
         self._decision: ModeDecision | None = None
         self._decided_in = -1
         self._num_changes = 0

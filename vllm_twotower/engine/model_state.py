@@ -50,7 +50,7 @@ class TwoTowerModelState(ModelState):
         self._plan: StepPlan | None = None
 
     def custom_sampler(self, sampler: Sampler) -> tuple[TwoTowerSampler, None]:
-        return TwoTowerSampler(sampler, self, self.model_config.logprobs_mode), None
+        return TwoTowerSampler(sampler, self, self.model_config), None
 
     def take_plan(self) -> StepPlan | None:
         """The plan of this step, once; none while memory is profiled."""

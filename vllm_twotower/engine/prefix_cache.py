@@ -95,6 +95,11 @@ class FoundPages:
         read = request.num_computed_tokens - request.num_in_flight_tokens - self._unread(request)
         self._manager.cache_blocks(request, max(0, min(read, request.num_tokens)))
 
+    def forget(self, request: Request) -> None:
+        """Lets no later request find a page of this one, whose tokens the context tower may have read wrongly."""
+        groups = self._manager.get_block_ids(request.request_id)
+        self._manager.evict_blocks({block for group in groups for block in group})
+
     def _allocate_slots(
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, **options: Any
     ) -> KVCacheBlocks | None:

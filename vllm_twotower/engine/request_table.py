@@ -52,8 +52,7 @@ class RequestTable:
         self.is_filtered = np.zeros(max_num_reqs, dtype=bool)
         self.scores_prompt = np.zeros(max_num_reqs, dtype=bool)
         self.strategy = np.zeros(max_num_reqs, dtype=np.int64)
-        self.rules = RuleTable(max_num_reqs, vocab_size, device)
-        self.logprobs = LogprobTable(max_num_reqs, engine.canvas_length, vocab_size, device)
+        self.clear()
 
         shape = (max_num_reqs, engine.canvas_length)
         self.canvas = torch.full(shape, engine.mask_token_id, dtype=torch.int64, device=device)
@@ -65,6 +64,11 @@ class RequestTable:
                 for name in RowOptions.__dataclass_fields__
             }
         )
+
+    def clear(self) -> None:
+        """Forgets what all requests' rules and log-probabilities are, with the memory that this takes."""
+        self.rules = RuleTable(len(self.width), self.vocab_size, self.device)
+        self.logprobs = LogprobTable(len(self.width), self.engine.canvas_length, self.vocab_size, self.device)
 
     def needs_logits(self, slots: np.ndarray) -> np.ndarray:
         """Which of the requests (n,) need whole rows of logits: all that are not greedy and plain."""

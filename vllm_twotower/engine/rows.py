@@ -21,7 +21,8 @@ class RowWork:
     """What the worker did with one row in a step.
 
     ``context_len`` tokens were computed before; the context tower read ``context_tokens``, if it ran; the denoiser ran
-    ``denoiser_passes`` times over a canvas of ``width`` positions; ``num_sampled`` tokens came back.
+    ``denoiser_passes`` times over a canvas of ``width`` positions; ``num_sampled`` tokens came back. The logits they
+    were chosen by may not have been ``is_finite``.
     """
 
     context_len: int
@@ -29,6 +30,7 @@ class RowWork:
     denoiser_passes: int
     width: int
     num_sampled: int
+    is_finite: bool = True
 
 
 @dataclass
@@ -72,11 +74,12 @@ class Row:
         return placeholders[: 1 if self.is_single else self.options.canvas_length]
 
     def work(self, start: int, num_scheduled: int, passes: int, num_sampled: int) -> RowWork:
-        """What was done with the row; ``passes`` is the worker's account, see ``TwoTowerSampler``."""
+        """What was done with the row; ``passes`` is the worker's account, see ``StepOutput.account``."""
+        is_finite, passes = passes >= 0, max(passes, ~passes)
         denoised, context = divmod(passes, 2)
         width = min(self.options.canvas_length, self.max_model_len - max(start, self.prefill_len))
         read = num_scheduled if start < self.prefill_len else 1 if self.is_single else width
-        return RowWork(start, context * read, denoised, width, num_sampled)
+        return RowWork(start, context * read, denoised, width, num_sampled, is_finite)
 
     def follow(self, work: RowWork, commits_before_returning: bool, commit_interval: int) -> None:
         """Keeps account of what the context tower has yet to read; commits stop as in ``step_plan.split_rows``."""

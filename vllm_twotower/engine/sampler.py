@@ -11,10 +11,13 @@ from typing import Protocol
 import numpy as np
 import torch
 import xgrammar
+from vllm.config import ModelConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.prompt_logprob import CHUNK_SIZE
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_twotower.model.step_logits import Best, OutputHead, StepLogits
@@ -33,6 +36,7 @@ from vllm_twotower.sampling.uniform import uniform
 
 from .blocks import Blocks
 from .logit_rules import NOTHING, UNDECIDED, RuledRows
+from .logits_processors import CustomLogitsProcessors
 from .request_table import RequestTable
 from .staging import Staging
 from .step_plan import RowSplit, StepPlan
@@ -57,6 +61,7 @@ class StepOutput:
 
     ``slots`` (rows,) are the rows' requests, ``passes`` (rows,) the towers that ran them, see :class:`TwoTowerSampler`.
     ``bitmasks`` (g, V / 32) are the grammars of the step, ``grammar`` (rows,) the row's one of them or -1.
+    ``is_finite`` (rows,), on the device: whether all logits that the row's tokens were chosen by are.
     """
 
     slots: np.ndarray
@@ -65,6 +70,7 @@ class StepOutput:
     passes: np.ndarray
     grammar: np.ndarray
     bitmasks: np.ndarray | None
+    is_finite: torch.Tensor
 
     @classmethod
     def of(cls, logits: StepLogits, input_batch: InputBatch, canvas_length: int, device: torch.device) -> StepOutput:
@@ -78,7 +84,17 @@ class StepOutput:
             grammar[[row_of[name] for name in names]] = np.arange(len(names))
             bitmasks = np.stack(masks)
         tokens = torch.zeros(num_reqs, canvas_length, dtype=torch.int64, device=device)
-        return cls(input_batch.idx_mapping_np[:num_reqs], tokens, counts[0], counts[1], grammar, bitmasks)
+        is_finite = torch.ones(num_reqs, dtype=torch.bool, device=device)
+        return cls(input_batch.idx_mapping_np[:num_reqs], tokens, counts[0], counts[1], grammar, bitmasks, is_finite)
+
+    def check(self, batch_rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Notes which of some rows (n,) are not finite, by a number for each (n,) that then is not finite either."""
+        self.is_finite[batch_rows] &= values.isfinite()
+
+    def account(self) -> torch.Tensor:
+        """(rows,) int32: the passes, or their bitwise complement, which is negative, of rows that are not finite."""
+        passes = async_tensor_h2d(self.passes, device=self.is_finite.device)
+        return torch.where(self.is_finite, passes, ~passes)
 
 
 class TwoTowerSampler:
@@ -88,27 +104,31 @@ class TwoTowerSampler:
     were not returned are rejected, so that the next step starts at the same position again. A row whose prompt ended in
     this step has scheduled no canvas; what it returns of its first one counts as computed all the same.
     ``num_nans``, which vLLM hands to the scheduler by request, says which towers ran the row: 2 for every denoiser pass
-    over its block, 1 for the context tower.
+    over its block, 1 for the context tower; and whether its logits were finite, see :meth:`StepOutput.account`.
 
-    ``logprobs_mode`` is vLLM's: whether log-probabilities are those of the logits as the model gives them (``raw``) or
-    of the distribution that tokens are drawn from (``processed``).
+    ``logprobs_mode`` of the model's configuration says whether log-probabilities are those of the logits as the model
+    gives them (``raw``) or of the distribution that tokens are drawn from (``processed``).
     """
 
-    def __init__(self, sampler: Sampler, source: PassSource, logprobs_mode: str = "raw_logprobs"):
+    def __init__(self, sampler: Sampler, source: PassSource, model_config: ModelConfig):
         # The runner reads these from any sampler it holds.
         self.req_states = sampler.req_states
         self.sampling_states = sampler.sampling_states
         self.compute_nans = False
         self.penalties_state = SimpleNamespace(output_bin_counts=None)
         self._source, self._table = source, source.table
-        self._scores_processed = logprobs_mode.startswith("processed")
-        self._scores_as_logits = logprobs_mode.endswith("logits")
+        self._processors = CustomLogitsProcessors(sampler)
+        self._max_model_len, self._max_logprobs = model_config.max_model_len, model_config.max_logprobs
+        self._scores_processed = model_config.logprobs_mode.startswith("processed")
+        self._scores_as_logits = model_config.logprobs_mode.endswith("logits")
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
-        """Nothing: the model state has added the request to the table."""
+        """Tells custom logits processors; the model state has added the request to the table."""
+        self._processors.add_request(req_idx, sampling_params)
 
     def apply_staged_writes(self) -> None:
-        """Nothing: the table is written directly."""
+        """Those of custom logits processors; the table is written directly."""
+        self._processors.apply_staged_writes()
 
     def __call__(self, logits: StepLogits, input_batch: InputBatch) -> SamplerOutput:
         """Samples for one step; ``logits`` are those of the current plan's rows."""
@@ -116,7 +136,7 @@ class TwoTowerSampler:
         num_reqs, device = input_batch.num_reqs, table.device
         output = StepOutput.of(logits, input_batch, table.engine.canvas_length, device)
         if plan is None:  # memory is being profiled
-            predict(logits.denoiser_head(logits.denoiser[: logits.tile]).float())
+            self._profile(logits, output)
             nothing = torch.zeros(num_reqs, dtype=torch.int32, device=device)
             return SamplerOutput(output.tokens, None, None, nothing, nothing.clone())
         # Draft tokens are placeholders here, so the scheduler has none to check against a grammar.
@@ -139,9 +159,30 @@ class TwoTowerSampler:
         return SamplerOutput(
             sampled_token_ids=output.tokens,
             logprobs_tensors=table.logprobs.collect(slots, output.num_sampled),
-            num_nans=async_tensor_h2d(output.passes, device=device),
+            num_nans=output.account(),
             num_sampled=async_tensor_h2d(output.num_sampled, device=device),
             num_rejected=async_tensor_h2d(rejected, device=device, dtype=torch.int32),
+        )
+
+    def _profile(self, logits: StepLogits, output: StepOutput) -> None:
+        """Samples once for requests that ask for all there is, so that vLLM leaves memory for them."""
+        table, width = self._table, self._table.engine.canvas_length
+        for mode, most_rows in (("ar", logits.tile), ("mask_diffusion", logits.tile // width)):
+            slots = np.arange(min(len(output.slots), most_rows))
+            for slot in slots:
+                table.add(slot, "", demanding_params(mode, self._max_logprobs))
+            lengths = np.full_like(slots, 1 if mode == "ar" else width)
+            rows = TowerRows(slots, self._max_model_len - lengths, lengths, slots)
+            hidden = logits.denoiser[: rows.num_tokens]
+            output.slots = slots
+            if mode == "ar":
+                list(self._next_tokens(rows, hidden, logits.context_head, logits.tile, output))
+            else:
+                self._denoise_tiles(self._blocks(rows, slots), hidden, logits, output)
+            table.clear()
+        prompt = logits.denoiser[:CHUNK_SIZE]
+        compute_topk_scores(
+            logits.context_head(prompt), max(0, self._max_logprobs), output.tokens.new_zeros(len(prompt))
         )
 
     def _device_slots(self, slots: np.ndarray, rows: TowerRows) -> torch.Tensor:
@@ -211,7 +252,7 @@ class TwoTowerSampler:
         All have these with one rank. Where the vocabulary is sharded, only requests that need them do.
         """
         if head.is_sharded:
-            needs_logits = self._table.needs_logits(slots) | has_grammar
+            needs_logits = self._table.needs_logits(slots) | self._processors.applies[slots] | has_grammar
         else:
             needs_logits = np.ones(len(slots), dtype=bool)
         if len(some := np.flatnonzero(~needs_logits)):
@@ -242,8 +283,14 @@ class TwoTowerSampler:
         for some, whole_rows in self._parts(head, slots, tile, output.grammar[rows.batch_rows] >= 0):
             is_all = len(some) == len(rows)
             part, of_part = (rows, hidden) if is_all else (rows.take(some), hidden[self._index(some)])
-            tokens = self._choose(part, head(of_part).float(), output) if whole_rows else head.best(of_part).tokens
-            output.tokens[self._index(part.batch_rows), 0] = tokens
+            batch_rows = self._index(part.batch_rows)
+            if whole_rows:
+                tokens = self._choose(part, head(of_part).float(), output)
+            else:
+                best = head.best(of_part)
+                tokens = best.tokens
+                output.check(batch_rows, best.confidence)
+            output.tokens[batch_rows, 0] = tokens
             output.num_sampled[part.batch_rows] = 1
             self._table.pending[slots[some]] = 1
             yield some, tokens
@@ -265,8 +312,9 @@ class TwoTowerSampler:
             ahead = torch.full((len(ruled), 1), UNDECIDED, device=device)
             ends, each = rows.seq_lens[ruled], index[: len(ruled)]
             rules = self._ruled_rows(host_slots, ruled, ends, ahead, each, first[ruled], ruled)
-        scored = self._apply_rules(rules, index, first, host_slots, logits)
+        scored = self._apply_rules(rules, host_slots, rows.seq_lens, index, first, logits)
         tokens = logits.argmax(-1)
+        output.check(self._index(batch_rows), logits.gather(1, tokens[:, None])[:, 0])
         hot = np.flatnonzero(table.is_random[host_slots])
         if len(hot):
             chosen = async_tensor_h2d(hot, device=device)
@@ -293,8 +341,13 @@ class TwoTowerSampler:
         if not isinstance(scores, Best):
             suppress_mask_token(scores, engine.mask_token_id)
             ruled = self._ruled_blocks(blocks)
-            scored = self._apply_rules(ruled, rows.row_of_token, rows.offsets, host_slots, scores)
-        denoised = self._predict(blocks, scores, scored)
+            scored = self._apply_rules(
+                ruled, host_slots, rows.starts, rows.row_of_token, rows.offsets, scores, blocks.canvas
+            )
+            suppress_mask_token(scores, engine.mask_token_id)  # whatever a custom processor did
+        best = scores if isinstance(scores, Best) else Best(*predict(scores))
+        output.check(self._index(rows.batch_rows), blocks.by_row(best.confidence).sum(1))
+        denoised = self._predict(blocks, best, scores, scored)
         commit = self._commit(blocks, denoised)
         positions, canvas = commit.positions, torch.where(commit.positions, denoised.prediction, blocks.canvas)
         if ruled is not None and table.rules.has_phrases[ruled.host_slots].any():
@@ -362,15 +415,21 @@ class TwoTowerSampler:
     def _apply_rules(
         self,
         ruled: RuledRows | None,
+        host_slots: np.ndarray,
+        starts: np.ndarray,
         row_of_token: np.ndarray,
         columns: np.ndarray,
-        host_slots: np.ndarray,
         logits: torch.Tensor,
+        canvas: torch.Tensor | None = None,
     ) -> ScoredTokens | None:
-        """Applies the rules; returns the tokens to score, under logits before or after, as ``logprobs_mode`` says."""
+        """Applies rules and custom processors; arguments as in :meth:`CustomLogitsProcessors.apply`.
+
+        Returns the tokens to score, under logits before or after, as ``logprobs_mode`` says.
+        """
         scored = None if self._scores_processed else self._scored_tokens(row_of_token, columns, host_slots, logits)
         if ruled is not None:
             self._table.rules.apply(logits, ruled)
+        self._processors.apply(logits, host_slots, starts, row_of_token, columns, canvas)
         return self._scored_tokens(row_of_token, columns, host_slots, logits) if self._scores_processed else scored
 
     def _scored_tokens(
@@ -395,11 +454,12 @@ class TwoTowerSampler:
             return logits / options.temperature[:, None]
         return temper_and_filter(logits, options)
 
-    def _predict(self, blocks: Blocks, scores: torch.Tensor | Best, scored: ScoredTokens | None) -> DenoiserPass:
+    def _predict(
+        self, blocks: Blocks, best: Best, scores: torch.Tensor | Best, scored: ScoredTokens | None
+    ) -> DenoiserPass:
         """Predictions and what the strategies ask of them, from the scores of the blocks' tokens."""
         table, host_slots = self._table, blocks.host_slots
         needs = frozenset().union(*(table.strategies[index].needs for index, _ in blocks.strategy_rows))
-        best = scores if isinstance(scores, Best) else Best(*predict(scores))
         tokens, confidence = best.tokens, best.confidence
         energy = confidence.log() if "energy" in needs else None
         if table.is_random[host_slots].any():
@@ -448,3 +508,21 @@ def _ahead(blocks: Blocks, canvas: torch.Tensor, undecided: torch.Tensor) -> tor
         columns = torch.arange(ahead.shape[1], device=ahead.device)
         ahead = ahead.masked_fill(columns >= blocks.lengths[:, None], NOTHING)
     return ahead
+
+
+def demanding_params(mode: str, max_logprobs: int) -> SamplingParams:
+    """Those of a request for whose sampling the most memory is needed."""
+    is_block = mode == "mask_diffusion"
+    strategy = {"diffusion_strategy": "predict_and_noise", "diffusion_remasking": "margin"} if is_block else {}
+    return SamplingParams(
+        temperature=1.0,
+        top_k=2,
+        top_p=0.9,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        logit_bias={0: 1.0},
+        stop_token_ids=[0],
+        min_tokens=1,
+        logprobs=max_logprobs,
+        extra_args={"diffusion_mode": mode, **strategy},
+    )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_twotower.config import EngineOptions, RequestOptions
@@ -19,6 +20,12 @@ from .metrics import RequestDenoisingMetrics, StepCosts
 from .mode_control import ModeControl
 from .prefix_cache import FoundPages, check_page_size, commit_interval
 from .rows import Row, rows_work
+
+logger = init_logger(__name__)
+
+NOT_FINITE = "the model's logits are not finite (NaN or infinite)"
+"""The stop reason of a request that ends because of it."""
+_FAILED = RequestStatus.FINISHED_ERROR
 
 
 class TwoTowerScheduler(DiffusionScheduler):
@@ -101,7 +108,14 @@ class TwoTowerScheduler(DiffusionScheduler):
                 request.num_computed_tokens += of_row.num_sampled
             if request is not None and row.is_auto_at_border:
                 self._choose(row)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        failed = self.finish_requests([req_id for req_id, of_row in work.items() if not of_row.is_finite], _FAILED)
+        self._costs.not_finite += len(failed)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in failed:
+            logger.error("Request %s ended: %s.", request.request_id, NOT_FINITE)
+            output = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR, stop_reason=NOT_FINITE)
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
+        return outputs
 
     def _unread(self, request: Request) -> int:
         """How many of the tokens that vLLM counts as computed the context tower reads in a later step."""
@@ -117,7 +131,10 @@ class TwoTowerScheduler(DiffusionScheduler):
         return super()._mamba_block_aligned_split(request, num_new_tokens, *args, **kwargs) or num_new_tokens
 
     def _free_request_blocks(self, request: Request) -> None:
-        self._found_pages.cache(request)
+        if request.status == _FAILED:
+            self._found_pages.forget(request)
+        else:
+            self._found_pages.cache(request)
         super()._free_request_blocks(request)
 
     def _choose(self, row: Row) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 import vllm.envs as envs
@@ -14,6 +15,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import NemotronHForCausalLMConfig, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker.gpu.sample.logits_processor.loader import LOGITSPROCS_GROUP
 
 from vllm_twotower.checkpoint import DEFAULT_CANVAS_LENGTH, TwoTowerConfig
 from vllm_twotower.config import EngineOptions
@@ -65,6 +67,7 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
             request_metrics=vllm_config.observability_config.per_request_spec_decode_metrics,
             # A GPU's pass reads all weights for a few tokens already; a CPU's takes longer with every token.
             prompt_tokens_beside_blocks=64 if current_platform.is_cpu() else 1024,
+            custom_arguments=bool(vllm_config.model_config.logits_processors or entry_points(group=LOGITSPROCS_GROUP)),
         )
         options.store(vllm_config.model_config)
         _check_ranks(vllm_config)

@@ -1,0 +1,74 @@
+"""Memory is profiled with requests that ask for all there is: none takes more while the engine runs."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import engines
+import golden_data
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from vllm import SamplingParams
+
+VOCABULARY = 320
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made within the block held at once: ``peak``."""
+
+    def __enter__(self) -> PeakMemory:
+        self.peak = self._now = 0
+        self._alive: set[int] = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._alive:
+            self._alive.add(storage._cdata)
+            self._now += storage.nbytes()
+            self.peak = max(self.peak, self._now)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self._now -= size
+
+
+def test_no_request_takes_more_than_was_profiled() -> None:
+    demanding = [
+        {"temperature": 0.7},
+        {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.1},
+        {"temperature": 1.0, "top_p": 0.9, "logprobs": 20, "frequency_penalty": 1.0, "logit_bias": {7: 2.0}},
+        {"temperature": 1.0, "min_p": 0.1, "logprobs": 20, "repetition_penalty": 1.2, "min_tokens": 5},
+        {"temperature": 0, "logprobs": 20, "presence_penalty": 1.0, "allowed_token_ids": list(range(9, 99))},
+    ]
+    with engines.running_engine(golden_data.checkpoint("A"), max_num_seqs=8) as llm:
+        runner = engines.runner(llm)
+        hidden_states = runner._dummy_run(256, skip_attn=True, is_profile=True)[1]
+        with PeakMemory() as profiled:
+            runner._dummy_sampler_run(hidden_states)
+        sampler, measured = runner.sampler, []
+
+        def call(logits: Any, input_batch: Any) -> Any:
+            with PeakMemory() as used:
+                result = type(sampler).__call__(sampler, logits, input_batch)
+            measured.append(used.peak)
+            return result
+
+        runner.sampler = engines._Spied(sampler, call)
+        for mode in ("mask_diffusion", "ar"):
+            for options in demanding:
+                params = SamplingParams(max_tokens=16, ignore_eos=True, extra_args={"diffusion_mode": mode}, **options)
+                engines.generate(llm, [list(range(5, 35))] * 8, [params] * 8)
+        runner.sampler = sampler
+    assert len(measured) > 50
+    assert profiled.peak >= max(measured)
+    print(profiled.peak, max(measured), len(measured))

@@ -1,0 +1,84 @@
+"""Logits that are not finite: their request ends with an error that says so, its neighbours do not notice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import golden_data
+import openai
+import pytest
+import torch
+from serving import Server, running_server, token_request
+
+from vllm_twotower.engine.scheduler import NOT_FINITE
+from vllm_twotower.reference import TwoTowerModel, generate_ar, generate_mask_diffusion
+
+POISON = {300: torch.nan, 301: torch.inf}
+"""Tokens, and what their embeddings are."""
+PROMPT = list(range(20, 60))
+MODES = ("mask_diffusion", "ar", "mock_ar")
+COUNTER = "vllm:twotower_num_requests_not_finite_total"
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("poisoned")
+
+    def poison(tensors: dict[str, torch.Tensor]) -> None:
+        names = [name for name in tensors if name.endswith("embeddings.weight")]
+        assert len(names) == 2
+        for name in names:
+            for token, value in POISON.items():
+                tensors[name][token] = value
+
+    checkpoint = golden_data.changed_checkpoint(folder / "checkpoint", poison)
+    options = ("--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8", "--max-num-batched-tokens", "128")
+    # Few pages, so that those of a failed request are soon another's.
+    options += ("--kv-cache-memory-bytes", "64M")
+    with running_server(checkpoint, folder / "log", *options, "--num-gpu-blocks-override", "24") as server:
+        yield server
+
+
+def tokens(server: Server, prompt: list[int], **options: object) -> list[int]:
+    answer = server.openai.completions.create(model=server.model, **token_request(prompt, 24, **options))
+    return answer.choices[0].token_ids
+
+
+def test_failed_requests_and_their_neighbours(poisoned: Server, oracle: TwoTowerModel) -> None:
+    clean = [PROMPT[i:] for i in range(8)]
+    expected = {
+        "mask_diffusion": [generate_mask_diffusion(oracle, prompt, 24).tokens for prompt in clean],
+        "ar": [generate_ar(oracle, prompt, 24).tokens for prompt in clean],
+    }
+    assert all(POISON.keys().isdisjoint(one) for answers in expected.values() for one in answers)
+
+    def fails(mode: str, place: int, token: int) -> None:
+        with pytest.raises(openai.InternalServerError, match="not finite"):
+            tokens(poisoned, [*PROMPT[:place], token, *PROMPT[place:]], diffusion_mode=mode)
+
+    before = poisoned.metrics()[COUNTER]
+    with ThreadPoolExecutor(16) as pool:
+        failing = [
+            pool.submit(fails, mode, place, token) for place in (1, 20, 39) for token in POISON for mode in MODES
+        ]
+        for mode, answers in expected.items():
+            assert (
+                list(pool.map(lambda prompt, mode=mode: tokens(poisoned, prompt, diffusion_mode=mode), clean))
+                == answers
+            )
+        for one in failing:
+            one.result()
+    assert poisoned.metrics()[COUNTER] - before == len(failing)
+    assert poisoned.metrics()["vllm:num_requests_running"] == 0
+    for mode, answers in expected.items():  # on pages and states that failed requests had
+        assert [tokens(poisoned, prompt, diffusion_mode=mode) for prompt in clean] == answers
+    assert NOT_FINITE in poisoned.log_text()
+
+
+def test_streams_and_sampling(poisoned: Server) -> None:
+    for mode in MODES:
+        arguments = token_request([*PROMPT, *POISON], 24, diffusion_mode=mode)
+        arguments |= {"temperature": 1.0, "seed": 3, "n": 2, "logprobs": 2}
+        with pytest.raises(openai.APIError, match="not finite"):
+            list(poisoned.openai.completions.create(model=poisoned.model, stream=True, **arguments))
