@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
@@ -50,17 +51,22 @@ class Deployment:
 
 
 @contextmanager
-def over_ray(log: Path, cluster: dict[str, str], model: Path = TINY) -> Iterator[Deployment]:
+def over_ray(
+    log: Path, cluster: dict[str, str], *options: str, model: Path = TINY, **starter: Any
+) -> Iterator[Deployment]:
     """A server as configs/ray-tp2.yaml describes it, in fp32, on the cluster with these variables."""
-    with running_server(model, log, *CONFIG, "--dtype", "float32", environment=cluster) as server:
+    options = (*CONFIG, "--dtype", "float32", *options)
+    with running_server(model, log, *options, environment=cluster, **starter) as server:
         yield Deployment(server, port_of(cluster))
 
 
 @contextmanager
-def over_processes(log: Path, *options: str, **environment: str) -> Iterator[Deployment]:
+def over_processes(
+    log: Path, *options: str, environment: dict[str, str] | None = None, **starter: Any
+) -> Iterator[Deployment]:
     """The same server without Ray, as its configuration has it."""
     options = (*CONFIG, "--distributed-executor-backend", "mp", *options)
-    with running_server(TINY, log, *options, environment=environment) as server:
+    with running_server(TINY, log, *options, environment=environment, **starter) as server:
         yield Deployment(server)
 
 
@@ -81,9 +87,9 @@ def ends_in_errors(deployment: Deployment, pattern: str) -> Iterator[None]:
     errors: list[Exception] = []
     anew = replace(server)  # with new connections: the server closes those that were idle, perhaps at this moment
     for number in range(4):
-        threading.Thread(target=_endless_request, args=(anew, number % 2 == 0, errors), daemon=True).start()
+        threading.Thread(target=endless_request, args=(anew, number % 2 == 0, errors), daemon=True).start()
     wait_until(lambda: server.metrics()["vllm:num_requests_running"] == 4, "four requests run")
-    segments = {segment for process in processes for segment in _segments(process)}
+    segments = {segment for process in processes for segment in segments_of(process)}
     queues = {segment for segment in segments if segment.name.startswith("psm_")}
     assert queues, "the ranks' message queues"
     assert not any(queue.exists() for queue in queues), "no name that a killed process could leave"
@@ -98,7 +104,7 @@ def ends_in_errors(deployment: Deployment, pattern: str) -> Iterator[None]:
     wait_until(lambda: not any(segment.exists() for segment in segments), f"{segments} are gone", 10)
 
 
-def _endless_request(server: Server, stream: bool, errors: list[Exception]) -> None:
+def endless_request(server: Server, stream: bool, errors: list[Exception]) -> None:
     """Requests without an end; notes how it comes nevertheless."""
     endless = {"prompt": PROMPT, "max_tokens": 1500, "temperature": 0, "extra_body": {"ignore_eos": True}}
     try:
@@ -112,6 +118,6 @@ def _endless_request(server: Server, stream: bool, errors: list[Exception]) -> N
         errors.append(error)
 
 
-def _segments(process: psutil.Process) -> set[Path]:
+def segments_of(process: psutil.Process) -> set[Path]:
     """The shared memory that a process has mapped, by name."""
     return {Path(entry.path) for entry in process.memory_maps() if entry.path.startswith(_SHARED_MEMORY)}

@@ -127,23 +127,28 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen:
+    """A process in a group of its own, whose output goes to ``log``."""
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, cwd=REPOSITORY, env=environment, start_new_session=True
+        )
+
+
 @contextmanager
 def running_server(
-    model: str | Path, log: Path, *options: str, name: str = "served", environment: Mapping[str, str] | None = None
+    model: str | Path,
+    log: Path,
+    *options: str,
+    name: str = "served",
+    environment: Mapping[str, str] | None = None,
+    starter: Callable[[Sequence[str], Path, Mapping[str, str]], subprocess.Popen] = start,
 ) -> Iterator[Server]:
     """`vllm serve` on a free port of 127.0.0.1, ready for requests; its output goes to ``log``."""
     port = free_port()
     command = vllm_serve(model, port, "--served-model-name", name, *options)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=REPOSITORY,
-            env=server_environment() | (environment or {}),
-            start_new_session=True,
-        )
-    server = Server(process, port, log, name)
+    server = Server(starter(command, log, server_environment() | (environment or {})), port, log, name)
+    process = server.process
     try:
         wait_until(lambda: process.poll() is not None or server.answers(), "server answers", START_SECONDS)
         assert process.poll() is None, f"exit status {process.returncode}"
@@ -160,18 +165,10 @@ def refused_start(
     model: str | Path, log: Path, *options: str, environment: Mapping[str, str] | None = None
 ) -> tuple[int, str]:
     """Exit status and output of a `vllm serve` that must not come up."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            vllm_serve(model, free_port(), *options),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=REPOSITORY,
-            env=server_environment() | (environment or {}),
-            start_new_session=True,
-        )
-    server = Server(process, 0, log)
+    command = vllm_serve(model, free_port(), *options)
+    server = Server(start(command, log, server_environment() | (environment or {})), 0, log)
     try:
-        process.wait(timeout=START_SECONDS)
+        server.process.wait(timeout=START_SECONDS)
     finally:
         status = server.stop()
     return status, server.log_text()

@@ -27,7 +27,9 @@ def test_killed_rank_that_another_waits_for(tmp_path: Path) -> None:
     """Where nothing tells the other rank, as in a sum over shared memory; it does not notice a SIGTERM either."""
     signal_file = tmp_path / "wait"
     environment = {STUCK_RANK: "0", STUCK_FILE: str(signal_file), "PYTHONPATH": str(REPOSITORY / "tests")}
-    with over_processes(tmp_path / "log", "--worker-cls", "stuck_rank.StuckRank", **environment) as deployment:
+    with over_processes(
+        tmp_path / "log", "--worker-cls", "stuck_rank.StuckRank", environment=environment
+    ) as deployment:
         with ends_in_errors(deployment, "Another rank has ended"):
             signal_file.touch()
             time.sleep(1)
@@ -56,7 +58,7 @@ def test_rank_without_memory(tmp_path: Path) -> None:
     environment = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     # So that the memory of a large request comes from the system, not from what the rank had before.
     environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    with over_processes(tmp_path / "log", **environment) as deployment, ends_in_errors(deployment, words):
+    with over_processes(tmp_path / "log", environment=environment) as deployment, ends_in_errors(deployment, words):
         deployment.ranks()[1].rlimit(psutil.RLIMIT_AS, (1 << 20, 1 << 20))
         with pytest.raises(openai.APIError):
             complete(deployment.server, prompt=[5] * 1500, extra_body={"prompt_logprobs": 1})

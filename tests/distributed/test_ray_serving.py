@@ -53,7 +53,7 @@ def test_a_cluster_is_reachable_from_this_machine_only(cluster: dict[str, str]) 
 @pytest.fixture(scope="class")
 def deployment(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     log = tmp_path_factory.mktemp("server") / "log"
-    with over_ray(log, cluster, golden_data.checkpoint("C")) as deployment:
+    with over_ray(log, cluster, model=golden_data.checkpoint("C")) as deployment:
         yield deployment
 
 

@@ -71,4 +71,3 @@ def test_no_request_takes_more_than_was_profiled() -> None:
         runner.sampler = sampler
     assert len(measured) > 50
     assert profiled.peak >= max(measured)
-    print(profiled.peak, max(measured), len(measured))
