@@ -97,6 +97,12 @@ def test_prompt_logprobs_in_chunks_beside_others() -> None:
                 assert output.prompt_logprobs is None
             else:
                 assert_prompt_logprobs(output, prompt)
+        # The last token of these is the denoiser's: the context tower reads nothing in the step that ends the prompt.
+        mock_ar = SamplingParams(temperature=0, prompt_logprobs=2, extra_args={"diffusion_mode": "mock_ar"})
+        for prompt in ([5], draw_prompt(rng, (51,))):
+            [output] = generate(llm, [prompt], [mock_ar])
+            assert list(output.outputs[0].token_ids) == expected(model(), prompt, mock_ar).token_ids
+            assert_prompt_logprobs(output, prompt)
         assert_idle(llm)
 
 
