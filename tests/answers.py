@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import openai
 import pytest
 from golden_data import DiffusionRun
 from oracle import Expected, expected, prompt_logprobs
@@ -149,6 +151,21 @@ def put_together(chunks: Iterable[Any]) -> Answer:
         parts[-1].stop_reason,
         None if parts[-1].logprobs is None else logprobs,
     )
+
+
+def choices_in(text: str) -> list[Any]:
+    """The choices in a JSON text of a completion, as OpenAI's client makes them."""
+    return openai.types.Completion.construct(**json.loads(text)).choices
+
+
+def answers_in(text: str, is_stream: bool) -> list[Answer]:
+    """The answers in the body of a response, in the order of their indices."""
+    if not is_stream:
+        return [of_completion(choice) for choice in choices_in(text)]
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: {")]
+    chunks = [choice for line in lines for choice in choices_in(line)]
+    indices = sorted({chunk.index for chunk in chunks})
+    return [put_together([chunk for chunk in chunks if chunk.index == i]) for i in indices]
 
 
 def expected_answers(

@@ -87,10 +87,17 @@ def run_all(llm: LLM, runs: Sequence[DiffusionRun]) -> list[tuple[int, ...]]:
 
 
 def assert_idle(llm: LLM) -> None:
-    """Nothing is left of finished requests: no request, no slot, no page."""
-    scheduler = core(llm).scheduler
+    """Nothing is left of finished requests: no page, no slot, no row of the scheduler, no log-probabilities."""
+    scheduler, worker = core(llm).scheduler, runner(llm)
     assert not scheduler.has_unfinished_requests()
+    core(llm).step()  # in which the worker hears of the last ones that ended
     assert scheduler.kv_cache_manager.usage == 0
+    assert not scheduler.requests
+    assert not scheduler._rows
+    assert not scheduler._held_scores
+    assert len(worker.req_states.free_indices) == worker.max_num_reqs
+    assert not worker.prompt_logprobs_worker.in_progress_prompt_logprobs
+    assert not worker.prompt_logprobs_worker.token_id_scores
 
 
 @dataclass

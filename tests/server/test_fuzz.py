@@ -19,9 +19,8 @@ from typing import Any
 
 import golden_data
 import httpx
-import openai
 import pytest
-from answers import assert_same, completion_body, expected_answers, of_completion, put_together
+from answers import answers_in, assert_same, completion_body, expected_answers
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from random_requests import RandomRequest, draw_request
@@ -231,11 +230,6 @@ SENSELESS = [
 ]
 
 
-def choices(text: str) -> list[Any]:
-    """The choices in a JSON text, as OpenAI's client makes them."""
-    return openai.types.Completion.construct(**json.loads(text)).choices
-
-
 def assert_refused(response: httpx.Response, fields: set[str]) -> None:
     """An answer of status 400, 404 or 422 that names one of the fields."""
     assert response.status_code in (400, 404, 422), response.text
@@ -262,13 +256,7 @@ class Examples:
     def assert_exact(self, asked: Sound, response: httpx.Response) -> None:
         """The answers to a request, put together if they came in pieces, are the oracle's."""
         assert response.status_code == 200, response.text
-        if asked.body.get("stream"):
-            lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
-            chunks = [choice for line in lines for choice in choices(line)]
-            indices = range(asked.request.options.get("n", 1))
-            got = [put_together([chunk for chunk in chunks if chunk.index == i]) for i in indices]
-        else:
-            got = [of_completion(choice) for choice in choices(response.text)]
+        got = answers_in(response.text, bool(asked.body.get("stream")))
         want = expected_answers(self._model, self._tokenizer, asked.request.prompt, asked.request.options)
         assert_same(got, want)
 
