@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 ADDITIONAL_CONFIG_KEY = "twotower"
 COMMIT_POLICIES = ("lazy", "grouped", "separate")
 MODES = ("mask_diffusion", "ar", "mock_ar", "auto")
+MAX_STEPS = 1024
+"""The largest ``diffusion_max_steps``: the posterior strategy looks at all steps of a block at once."""
 FIRST_MODE = "twotower_first_mode"
 """The key in a request's ``extra_args`` by which the scheduler tells the worker how an ``auto`` request starts."""
 DEFAULT_STRATEGY = "confidence_unmasking"
@@ -31,8 +33,8 @@ Mode = Literal["mask_diffusion", "ar", "mock_ar", "auto"]
 class EngineOptions:
     """What holds for every request of an engine.
 
-    ``canvas_length`` (S) tokens are denoised at once in at most ``max_denoising_steps`` passes; a request may ask for
-    less. ``commit`` says when the context tower reads a finished block: ``lazy`` in the step that starts the next one
+    ``canvas_length`` (S) tokens are denoised at once; a request may ask for fewer. ``max_denoising_steps`` is the default
+    of ``diffusion_max_steps``, the passes a block may take, and no limit of it. ``commit`` says when the context tower reads a finished block: ``lazy`` in the step that starts the next one
     (the last block of a request is never read), ``grouped`` like it, but blocks wait for others, so that not every step
     runs both towers, ``separate`` in a step of its own, before the block is returned.
     ``mode`` is the default of ``diffusion_mode``; with ``auto`` the engine chooses between ``ar`` and
@@ -98,7 +100,7 @@ class EngineOptions:
                 )
             chosen[name] = checks[name](f"additional_config['{ADDITIONAL_CONFIG_KEY}'].{name}", value)
         steps = canvas_length if max_denoising_steps is None else max_denoising_steps
-        _integer("diffusion_config.max_denoising_steps", steps, 1, None)
+        _integer("diffusion_config.max_denoising_steps", steps, 1, MAX_STEPS)
         options = cls(canvas_length=canvas_length, max_denoising_steps=steps, request_metrics=request_metrics, **chosen)
         if options.mode == "auto":
             options.check_auto(f"additional_config['{ADDITIONAL_CONFIG_KEY}'].mode")
@@ -179,7 +181,7 @@ class RequestOptions:
             return cls(mode, engine.confidence_threshold, 1, 1)
         checks: dict[str, Callable[[str, Any], Any]] = {
             "confidence_threshold": _threshold,
-            "max_steps": lambda name, value: _integer(name, value, 1, engine.max_denoising_steps),
+            "max_steps": lambda name, value: _integer(name, value, 1, MAX_STEPS),
             "canvas_length": lambda name, value: _integer(name, value, 1 + (mode == "auto"), engine.canvas_length),
             "strategy": lambda name, value: _choice(name, value, tuple(strategies())),
             "noise_schedule": lambda name, value: _choice(name, value, tuple(NOISE_SCHEDULES)),

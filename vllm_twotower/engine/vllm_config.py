@@ -221,21 +221,22 @@ def _choose_worker(vllm_config: VllmConfig) -> None:
 
 
 def _fit_scheduler(vllm_config: VllmConfig, options: EngineOptions) -> None:
-    """A canvas is denoised whole or not at all, so every running request's must fit into one step."""
+    """A canvas is denoised whole or not at all: what would cut one is raised, with a warning."""
     scheduler = vllm_config.scheduler_config
-    needed = options.canvas_length * scheduler.max_num_seqs
-    if scheduler.max_num_batched_tokens < needed:
-        logger.warning(
-            "max_num_batched_tokens=%d holds fewer than %d requests with canvases of %d tokens; raised to %d",
-            scheduler.max_num_batched_tokens,
-            scheduler.max_num_seqs,
-            options.canvas_length,
-            needed,
-        )
-        scheduler.max_num_batched_tokens = needed
-    threshold = scheduler.long_prefill_token_threshold
-    if 0 < threshold < options.canvas_length:
-        raise ValueError(
-            f"long_prefill_token_threshold={threshold} is not supported for TwoTower models: it must be 0 or at least "
-            f"the canvas length ({options.canvas_length}), which it would cut"
-        )
+    whole_step = options.canvas_length * scheduler.max_num_seqs
+    limits = (
+        ("max_num_batched_tokens", whole_step),
+        ("max_num_scheduled_tokens", whole_step),
+        ("long_prefill_token_threshold", options.canvas_length),
+    )
+    for name, needed in limits:
+        if (value := getattr(scheduler, name)) and value < needed:
+            logger.warning(
+                "%s=%d would cut the canvases (%d tokens each) of %d running requests; raised to %d",
+                name,
+                value,
+                options.canvas_length,
+                scheduler.max_num_seqs,
+                needed,
+            )
+            setattr(scheduler, name, needed)
