@@ -16,7 +16,7 @@ BAD_OPTIONS: list[tuple[str, Any]] = [
     ("diffusion_canvas_length", 1.5),
     ("diffusion_canvas_length", "4"),
     ("diffusion_max_steps", 0),
-    ("diffusion_max_steps", 17),
+    ("diffusion_max_steps", 1025),
     ("diffusion_max_steps", 2.5),
     ("diffusion_strategy", "unheard_of"),
     ("diffusion_noise_schedule", "unheard_of"),

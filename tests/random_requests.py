@@ -39,7 +39,7 @@ def draw_block_options(rng: random.Random) -> dict[str, Any]:
     strategy = rng.choice(("confidence_unmasking", "confidence_unmasking", "posterior", "predict_and_noise"))
     options: dict[str, Any] = {"diffusion_strategy": strategy}
     if rng.random() < 0.5:
-        options["diffusion_max_steps"] = rng.randint(1, 16)
+        options["diffusion_max_steps"] = rng.choice((*range(1, 17), 24, 32))
     if rng.random() < 0.5:
         options["diffusion_canvas_length"] = rng.randint(1, 16)
     if strategy == "confidence_unmasking":

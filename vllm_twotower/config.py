@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.sampling_params import SamplingParams
 
+ATTENTION_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")
+"""vLLM's attention backends that write keys and values for a layer that shares another one's pages, and were tried."""
+ATTENTION_REASON = (
+    "the denoiser writes keys and values into the context tower's pages, which is known to work with "
+    f"{', '.join(ATTENTION_BACKENDS)}"
+)
 ADDITIONAL_CONFIG_KEY = "twotower"
 COMMIT_POLICIES = ("lazy", "grouped", "separate")
 MODES = ("mask_diffusion", "ar", "mock_ar", "auto")
@@ -33,16 +39,18 @@ Mode = Literal["mask_diffusion", "ar", "mock_ar", "auto"]
 class EngineOptions:
     """What holds for every request of an engine.
 
-    ``canvas_length`` (S) tokens are denoised at once; a request may ask for fewer. ``max_denoising_steps`` is the default
-    of ``diffusion_max_steps``, the passes a block may take, and no limit of it. ``commit`` says when the context tower reads a finished block: ``lazy`` in the step that starts the next one
-    (the last block of a request is never read), ``grouped`` like it, but blocks wait for others, so that not every step
-    runs both towers, ``separate`` in a step of its own, before the block is returned.
+    ``canvas_length`` (S) tokens are denoised at once; a request may ask for fewer. ``max_denoising_steps`` is the
+    default of ``diffusion_max_steps``, the passes a block may take, not a bound. ``commit`` says when the context tower
+    reads a finished block: ``lazy`` in the step that starts the next one (the last block of a request is never
+    read), ``grouped`` like it, but blocks wait for others, so that not every step runs both towers, ``separate`` in a
+    step of its own, before the block is returned.
     ``mode`` is the default of ``diffusion_mode``; with ``auto`` the engine chooses between ``ar`` and
     ``mask_diffusion`` block by block. ``denoise_steps_per_engine_step`` bounds the denoiser passes of one engine step;
     ``auto`` goes on while no request waits for the step's end. Beside blocks, prompts may take as many tokens of a step
     as the blocks of all open requests would, and at least ``prompt_tokens_beside_blocks``.
-    ``request_metrics`` is the level of ``--per-request-spec-decode-metrics``. With ``custom_arguments`` a request's
-    ``extra_args`` may hold those of custom logits processors.
+    ``request_metrics`` is the level of ``--per-request-spec-decode-metrics``, ``seed`` that of ``--seed``, for requests
+    without one of their own. With ``custom_arguments`` a request's ``extra_args`` may hold those of custom logits
+    processors.
     """
 
     canvas_length: int = DEFAULT_CANVAS_LENGTH
@@ -55,6 +63,7 @@ class EngineOptions:
     prompt_tokens_beside_blocks: int = 64
     request_metrics: str = "none"
     custom_arguments: bool = False
+    seed: int = 0
 
     @classmethod
     def resolve(
@@ -67,6 +76,7 @@ class EngineOptions:
         request_metrics: str = "none",
         prompt_tokens_beside_blocks: int = 64,
         custom_arguments: bool = False,
+        seed: int = 0,
     ) -> EngineOptions:
         """Builds the options from vLLM's configuration; raises ValueError naming the option, its value, and the rule.
 
@@ -101,7 +111,13 @@ class EngineOptions:
             chosen[name] = checks[name](f"additional_config['{ADDITIONAL_CONFIG_KEY}'].{name}", value)
         steps = canvas_length if max_denoising_steps is None else max_denoising_steps
         _integer("diffusion_config.max_denoising_steps", steps, 1, MAX_STEPS)
-        options = cls(canvas_length=canvas_length, max_denoising_steps=steps, request_metrics=request_metrics, **chosen)
+        options = cls(
+            canvas_length=canvas_length,
+            max_denoising_steps=steps,
+            request_metrics=request_metrics,
+            seed=seed,
+            **chosen,
+        )
         if options.mode == "auto":
             options.check_auto(f"additional_config['{ADDITIONAL_CONFIG_KEY}'].mode")
         return options

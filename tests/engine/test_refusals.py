@@ -22,7 +22,6 @@ def config(**options: Any):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"attention_backend": "FLASHINFER"}, ("attention_config.backend", "FLASHINFER", "FLASH_ATTN")),
         ({"pipeline_parallel_size": 2}, ("pipeline_parallel_size=2", "tensor parallelism")),
         ({"enable_expert_parallel": True}, ("enable_expert_parallel=True", "divided by width")),
         ({"data_parallel_size": 2}, ("data_parallel_size=2", "experts", "independent servers")),
@@ -43,11 +42,7 @@ def config(**options: Any):
         ({"additional_config": {"twotower": {"commit": "x"}}}, ("commit='x'", "lazy", "separate")),
         ({"additional_config": {"twotower": {"confidence_threshold": 0}}}, ("confidence_threshold=0",)),
         ({"additional_config": {"twotower": {"threshold": 0.5}}}, ("'threshold'", "confidence_threshold")),
-        ({"diffusion_config": {"canvas_length": 16, "max_denoising_steps": 0}}, ("max_denoising_steps=0",)),
-        (
-            {"long_prefill_token_threshold": 8},
-            ("long_prefill_token_threshold=8", "16"),
-        ),
+        ({"diffusion_config": {"canvas_length": 16, "max_denoising_steps": 0}}, ("max_denoising_steps=0", "1024")),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

@@ -1,6 +1,6 @@
 """The table of request options in docs/requests.md: every row is checked in every mode, and the table is made of them.
 
-python tests/engine/test_request_table.py    # writes the table into docs/requests.md
+PYTHONPATH=tests python tests/engine/test_request_table.py    # writes the table into docs/requests.md
 """
 
 from __future__ import annotations
@@ -197,7 +197,8 @@ OPTIONS = (
     Option("min_p", "filters what a prediction is drawn from", effect(RANDOM, min_p=0.5)),
     Option(
         "seed",
-        "random numbers are a function of seed, block, pass and position; without a seed, of the request's id",
+        "random numbers are a function of seed, block, pass and position; without a seed, of `--seed` and the "
+        "request's id instead",
         effect(RANDOM, seed=2),
     ),
     Option("n", "completion i has the seed plus i", check_n),
@@ -245,7 +246,7 @@ OPTIONS = (
     Option("thinking_token_budget", "not supported", None, (), 3),
     Option("trace_decode_token_ids", "not supported", None, (), [5]),
     block_option("diffusion_canvas_length", "tokens denoised at once, 1 to the served length", 5),
-    block_option("diffusion_max_steps", "passes a block may take; the last one decides what is left", 2),
+    block_option("diffusion_max_steps", "passes a block may take, 1 to 1024; the last one decides what is left", 2),
     block_option("diffusion_confidence_threshold", "of `confidence_unmasking`: (0, 1]", 0.05),
     block_option(
         "diffusion_strategy", "which predictions a pass keeps, see below", "posterior", {"diffusion_max_steps": 3}
@@ -334,7 +335,7 @@ def test_every_option_has_a_row() -> None:
 
 
 def test_document_has_this_table() -> None:
-    """Otherwise: python tests/engine/test_request_table.py"""
+    """Otherwise: PYTHONPATH=tests python tests/engine/test_request_table.py"""
     assert DOCUMENT.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0] == table()
 
 

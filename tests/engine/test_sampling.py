@@ -19,6 +19,11 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.outputs import LogprobsTensors
 
+from vllm_twotower.config import EngineOptions
+from vllm_twotower.engine.request_table import RequestTable
+from vllm_twotower.reference import generate_mask_diffusion
+from vllm_twotower.sampling.strategies import NOISE_SCHEDULES
+
 CHECKPOINT = golden_data.checkpoint("A")
 
 
@@ -75,6 +80,20 @@ def test_shuffled_as_in_order(llm: LLM, together: list[RequestOutput]) -> None:
     assert_same(shuffled, [together[i] for i in order])
 
 
+def test_engine_seed_repeats_requests_without_one() -> None:
+    """As in vLLM, an offline run can be repeated, and with another seed its draws are others."""
+    params = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True)
+    ids = ("0-1a2b3c4d", "0-5e6f7a8b", "1-1a2b3c4d")  # the first two are one request in two runs
+    seeds = []
+    for seed in (0, 7):
+        table = RequestTable(3, EngineOptions(seed=seed), 320, torch.device("cpu"))
+        for slot, name in enumerate(ids):
+            table.add(slot, name, params)
+        seeds.append(table.options.seed.tolist())
+    assert all(first == again != other for first, again, other in seeds)
+    assert seeds[0][0] != seeds[1][0]
+
+
 def test_several_completions_have_seeds_of_their_own(llm: LLM) -> None:
     """With n > 1 completion i is that of the request with the seed plus i."""
     params = {"temperature": 1.0, "max_tokens": 20, "ignore_eos": True}
@@ -82,6 +101,31 @@ def test_several_completions_have_seeds_of_their_own(llm: LLM) -> None:
     alone = generate(llm, [[5, 6, 7]] * 3, [SamplingParams(**params, seed=5 + i) for i in range(3)])
     assert [tuple(c.token_ids) for c in many.outputs] == tokens_of(alone)
     assert len(set(tokens_of(alone))) == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_more_steps_than_positions(llm: LLM, temperature: float) -> None:
+    """32 passes for a block of 16, as in NVIDIA's examples: schedules are finer, every pass still commits."""
+    noise, posterior = {"diffusion_strategy": "predict_and_noise"}, {"diffusion_strategy": "posterior"}
+    options = [
+        {"diffusion_confidence_threshold": 1.0},
+        {"diffusion_confidence_threshold": 0.3},
+        *(noise | {"diffusion_noise_schedule": name} for name in NOISE_SCHEDULES),
+        *(posterior | {"diffusion_noise_schedule": name} for name in NOISE_SCHEDULES),
+        noise | {"diffusion_adaptive_unmasking": True},
+        noise | {"diffusion_remasking": "random"},
+    ]
+    prompt, common = [5, 60, 7, 200, 31], {"seed": 1, "max_tokens": 40, "ignore_eos": True}
+    params = [
+        SamplingParams(temperature=temperature, extra_args=extra | {"diffusion_max_steps": 32}, **common)
+        for extra in options
+    ]
+    outputs = tokens_of(generate(llm, [prompt] * len(params), params))
+    for param, tokens in zip(params, outputs, strict=True):
+        assert list(tokens) == expected(model(), prompt, param).token_ids, param.extra_args
+    if temperature == 0:
+        for gamma, tokens in zip((1.0, 0.3), outputs, strict=False):
+            assert list(tokens) == generate_mask_diffusion(model(), prompt, 40, steps=32, gamma=gamma).tokens
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,9 @@ WRONG: dict[str, st.SearchStrategy] = {
             ]
         ),
         st.fixed_dictionaries({"diffusion_confidence_threshold": outside(1e-300, 1) | st.just(0)}),
-        st.fixed_dictionaries({"diffusion_max_steps": st.integers(max_value=0) | st.integers(17) | not_an(int, dict)}),
+        st.fixed_dictionaries(
+            {"diffusion_max_steps": st.integers(max_value=0) | st.integers(1025) | not_an(int, dict)}
+        ),
         st.fixed_dictionaries({"diffusion_canvas_length": st.integers(max_value=0) | st.integers(17) | not_an(int)}),
         not_an(dict),
     ),

@@ -27,6 +27,7 @@ def model_config(engine: EngineOptions = ENGINE) -> SimpleNamespace:
 
 def test_defaults() -> None:
     assert resolve() == EngineOptions(16, 16, 0.8, 3, "mask_diffusion", "lazy", "auto", 64)
+    assert RequestOptions.parse(None, resolve(None, 16, 8)).max_steps == 8
     assert RequestOptions.parse(None, ENGINE) == RequestOptions(
         "mask_diffusion", 0.8, 16, 16, "confidence_unmasking", "linear", False, "confidence"
     )
@@ -91,6 +92,11 @@ def test_request_options_are_taken() -> None:
         assert RequestOptions.parse({"diffusion_mode": mode}, ENGINE).canvas_length == 1
 
 
+@pytest.mark.parametrize("steps", [32, 1024])
+def test_a_request_may_take_more_steps_than_the_default(steps: int) -> None:
+    assert RequestOptions.parse({"diffusion_max_steps": steps}, ENGINE).max_steps == steps
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -101,7 +107,7 @@ def test_request_options_are_taken() -> None:
         ("diffusion_confidence_threshold", True),
         ("diffusion_confidence_threshold", float("nan")),
         ("diffusion_max_steps", 0),
-        ("diffusion_max_steps", 17),
+        ("diffusion_max_steps", 1025),
         ("diffusion_max_steps", 2.5),
         ("diffusion_canvas_length", 0),
         ("diffusion_canvas_length", 17),

@@ -110,7 +110,7 @@ def test_rows_do_not_depend_on_each_other(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["confidence_unmasking", "predict_and_noise", "posterior"])
-@pytest.mark.parametrize("max_steps", [1, 2, 5, 16])
+@pytest.mark.parametrize("max_steps", [1, 2, 5, 16, 32])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_pass_commits_and_the_last_one_all(name: str, max_steps: int, temperature: float) -> None:
     strategy = strategies()[name]

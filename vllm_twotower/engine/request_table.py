@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import torch
+import vllm.envs as envs
 from vllm.sampling_params import SamplingParams
 
 from vllm_twotower.config import FIRST_MODE, EngineOptions, RequestOptions
@@ -79,8 +80,8 @@ class RequestTable:
     def add(self, slot: int, request_id: str, params: SamplingParams) -> None:
         """Starts a request in ``slot``, new or resumed, with an empty canvas.
 
-        Without a seed the request's unique id is one: every tensor-parallel rank draws the same tokens, and a
-        preempted request goes on as it began.
+        Without a seed the engine's seed and the request's id are one: every tensor-parallel rank draws the same tokens,
+        a preempted request goes on as it began, and an offline run can be repeated.
         """
         options = RequestOptions.of(params, self.engine)
         self.width[slot] = options.canvas_length
@@ -107,7 +108,12 @@ class RequestTable:
             top_k=min(params.top_k, self.vocab_size) if params.top_k > 0 else self.vocab_size,
             top_p=params.top_p,
             min_p=params.min_p,
-            seed=zlib.crc32(request_id.encode()) if params.seed is None else params.seed % 2**63,
+            seed=self._seed(request_id) if params.seed is None else params.seed % 2**63,
         )
         for name, column in vars(self.options).items():
             column[slot] = getattr(values, name)
+
+    def _seed(self, request_id: str) -> int:
+        if not envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION:
+            request_id = request_id.rsplit("-", 1)[0]  # the rest vLLM makes up anew in every run
+        return zlib.crc32(f"{self.engine.seed} {request_id}".encode())

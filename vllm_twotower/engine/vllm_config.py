@@ -5,20 +5,22 @@ from __future__ import annotations
 import functools
 import os
 import signal
+from collections.abc import Iterator
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 import vllm.envs as envs
 from vllm.config import DiffusionConfig
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import NemotronHForCausalLMConfig, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.worker.gpu.sample.logits_processor.loader import LOGITSPROCS_GROUP
 
 from vllm_twotower.checkpoint import DEFAULT_CANVAS_LENGTH, TwoTowerConfig
-from vllm_twotower.config import EngineOptions
+from vllm_twotower.config import ATTENTION_BACKENDS, ATTENTION_REASON, EngineOptions
 from vllm_twotower.parallel import check_tensor_parallel_size
 from vllm_twotower.ray_devices import check_ray_devices
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+_TRITON_FP32, _RAY_COPIES = "TRITON_F32_DEFAULT", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 SCHEDULER_CLS = "vllm_twotower.engine.scheduler.TwoTowerScheduler"
 
 
@@ -68,6 +71,7 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
             # A GPU's pass reads all weights for a few tokens already; a CPU's takes longer with every token.
             prompt_tokens_beside_blocks=64 if current_platform.is_cpu() else 1024,
             custom_arguments=bool(vllm_config.model_config.logits_processors or entry_points(group=LOGITSPROCS_GROUP)),
+            seed=vllm_config.model_config.seed,
         )
         options.store(vllm_config.model_config)
         _check_ranks(vllm_config)
@@ -77,6 +81,10 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
         _choose_scheduler(vllm_config)
         _choose_worker(vllm_config)
         _fit_scheduler(vllm_config, options)
+        # Where the device prefers FlashInfer for causal models, as sm_100 does.
+        vllm_config.attention_config.use_non_causal = True
+        if current_platform.is_cuda() and vllm_config.model_config.dtype == torch.float32:
+            _multiply_in_fp32()
         # The two towers run on different rows of a step, so a whole-step graph or compiled forward does not apply.
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
@@ -92,63 +100,104 @@ def _keep_signals_of_forked_processes() -> None:
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
-    parallel = vllm_config.parallel_config
-    refused = (
-        (
-            "attention_config.backend",
-            vllm_config.attention_config.backend == AttentionBackendEnum.FLASHINFER and "FLASHINFER",
-            "FlashInfer drops the denoiser's keys and values; use FLASH_ATTN or TRITON_ATTN",
-        ),
-        (
-            "pipeline_parallel_size",
-            parallel.pipeline_parallel_size > 1 and parallel.pipeline_parallel_size,
-            "both towers' layers must be in one process; use tensor parallelism",
-        ),
-        (
-            "decode_context_parallel_size",
-            parallel.decode_context_parallel_size > 1 and parallel.decode_context_parallel_size,
-            "the denoiser reads whole sequences of keys and values",
-        ),
-        (
-            "prefill_context_parallel_size",
-            parallel.prefill_context_parallel_size > 1 and parallel.prefill_context_parallel_size,
-            "the Mamba layers read the prompt in order",
-        ),
-        ("enable_dbo", parallel.enable_dbo, "the two towers cannot be split into microbatches"),
-        ("enable_lora", vllm_config.lora_config is not None, "LoRA adapters are not supported"),
-        (
-            "bidirectional_mamba",
-            getattr(vllm_config.model_config.hf_config, "bidirectional_mamba", False),
-            "the denoiser's Mamba layers run from left to right here; use vllm_twotower.reference",
-        ),
-        (
-            "speculative_config",
-            vllm_config.speculative_config is not None and vllm_config.speculative_config.method,
-            "blocks are denoised in the place of draft tokens",
-        ),
-        (
-            "async_scheduling",
-            vllm_config.scheduler_config.async_scheduling,
-            "which rows the context tower runs on depends on the step before",
-        ),
-        (
-            "VLLM_RAISE_ON_LOGIT_NANS",
-            envs.VLLM_RAISE_ON_LOGIT_NANS,
-            "vLLM's count of NaN logits carries the denoiser's passes to the scheduler",
-        ),
-        (
-            "prefix_match_unit",
-            vllm_config.cache_config.prefix_match_unit,
-            "Mamba states are cached at the end of whole pages; leave it out",
-        ),
-        ("mamba_use_replayssm", vllm_config.cache_config.use_replayssm, "the denoiser reads materialised Mamba states"),
-    )
-    for name, value, reason in refused:
-        if value:
+    for name, value, is_refused, reason in _limits(vllm_config):
+        if is_refused:
             raise ValueError(f"{name}={value!r} is not supported for TwoTower models: {reason}")
     vllm_config.scheduler_config.async_scheduling = False
     if not vllm_config.use_v2_model_runner:
         raise ValueError("VLLM_USE_V2_MODEL_RUNNER=0 is not supported for TwoTower models: unset it")
+
+
+def _limits(vllm_config: VllmConfig) -> Iterator[tuple[str, Any, Any, str]]:
+    """Options that cannot always be honoured: name, value, whether it is refused (its truth), and why."""
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
+
+    reason = "they only generate text"
+    yield "convert", model.convert, model.convert not in ("auto", "none"), reason
+    yield "runner", model.runner_type, model.runner_type != "generate", reason
+    yield "pooler_config", model.pooler_config, model.pooler_config, reason
+    yield "enable_lora", True, vllm_config.lora_config, "LoRA adapters are not supported"
+    yield "enable_prompt_embeds", True, model.enable_prompt_embeds, "both towers read token ids"
+    yield "enable_trace_replay", True, model.enable_trace_replay, "blocks are not replayed"
+    if (encoder := vllm_config.ec_transfer_config) is not None:
+        yield "ec_transfer_config.ec_connector", encoder.ec_connector, True, "there is no encoder"
+    if (transfer := vllm_config.weight_transfer_config) is not None:
+        yield "weight_transfer_config.backend", transfer.backend, True, "weights are read once, at startup"
+    if (watermark := vllm_config.watermark_config) is not None:
+        yield "watermark_config.algorithm", watermark.algorithm, True, "blocks are sampled without watermarks"
+    if (speculative := vllm_config.speculative_config) is not None:
+        reason = "blocks are denoised in the place of draft tokens"
+        yield "speculative_config", speculative.method, True, reason
+    bidirectional = getattr(model.hf_config, "bidirectional_mamba", False)
+    reason = "the denoiser's Mamba layers run from left to right here; use vllm_twotower.reference"
+    yield "bidirectional_mamba", bidirectional, bidirectional, reason
+    reason = "on CPUs weights are not quantised"
+    yield "quantization", model.quantization, model.quantization and current_platform.is_cpu(), reason
+    reason = "a token passes the experts of both towers, and the denoiser's many times"
+    yield "enable_return_routed_experts", True, vllm_config.aux_output_config.enable_return_routed_experts, reason
+
+    attention = vllm_config.attention_config
+    backends = {"backend": attention.backend} if attention.backend else {}
+    backends |= {f"backend_per_kind[{kind!r}]": backend for kind, backend in attention.backend_per_kind.items()}
+    for name, backend in backends.items():
+        is_unknown = backend.name not in ATTENTION_BACKENDS
+        yield f"attention_config.{name}", backend.name, is_unknown, ATTENTION_REASON
+    is_other = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model) != model.dtype
+    reason = f"keys and values are kept in the model's dtype, {model.dtype}; leave it out"
+    yield "kv_cache_dtype", cache.cache_dtype, is_other, reason
+    reason = "the context tower reads the whole prompt in every layer"
+    yield "kv_sharing_fast_prefill", True, cache.kv_sharing_fast_prefill, reason
+    reason = "Mamba states are cached at the end of whole pages; leave it out"
+    yield "prefix_match_unit", cache.prefix_match_unit, cache.prefix_match_unit, reason
+    yield "enable_mamba_shared_prefix_checkpoint", True, cache.enable_mamba_shared_prefix_checkpoint, reason
+    yield "use_replayssm", True, cache.use_replayssm, "the denoiser reads materialised Mamba states"
+    reason = "a request's tokens would depend on those beside it"
+    rounds = vllm_config.mamba_config.enable_stochastic_rounding
+    yield "enable_mamba_cache_stochastic_rounding", True, rounds, reason
+    reason = "pages of attention layers and Mamba states differ in kind; leave it out"
+    is_off = scheduler.disable_hybrid_kv_cache_manager
+    yield "disable_hybrid_kv_cache_manager", True, is_off, reason
+
+    sizes = {
+        "pipeline_parallel_size": "both towers' layers must be in one process; use tensor parallelism",
+        "decode_context_parallel_size": "the denoiser reads whole sequences of keys and values",
+        "prefill_context_parallel_size": "the Mamba layers read the prompt in order",
+        "ubatch_size": "the two towers cannot be split into microbatches",
+    }
+    for name, reason in sizes.items():
+        size = getattr(parallel, name)
+        yield name, size, size > 1, reason
+    yield "enable_dbo", True, parallel.enable_dbo, "the two towers cannot be split into microbatches"
+    reason = "every rank samples all blocks"
+    yield "enable_batch_sharded_sampling", True, parallel.enable_batch_sharded_sampling, reason
+    group = vllm_config.offload_config.prefetch.offload_group_size
+    yield "offload_group_size", group, group, "the towers take turns, so the layer that runs next is not known"
+
+    reason = "which rows the context tower runs on depends on the step before"
+    yield "async_scheduling", True, scheduler.async_scheduling, reason
+    reason = "beside blocks, prompts are read in chunks"
+    yield "enable_chunked_prefill", False, not scheduler.enable_chunked_prefill, reason
+    reason = "both towers run eagerly; leave it out"
+    mode, graphs = compilation.mode or CompilationMode.NONE, compilation.cudagraph_mode or CUDAGraphMode.NONE
+    yield "compilation_config.mode", mode.name, mode != CompilationMode.NONE, reason
+    yield "compilation_config.cudagraph_mode", graphs.name, graphs != CUDAGraphMode.NONE, reason
+    for name in ("cudagraph_capture_sizes", "max_cudagraph_capture_size"):
+        value = getattr(compilation, name)
+        yield name, value, value, reason
+
+    reason = "vLLM's formulas know no denoiser; /metrics counts its passes"
+    yield "enable_mfu_metrics", True, vllm_config.observability_config.enable_mfu_metrics, reason
+    reason = "vLLM's count of NaN logits carries the denoiser's passes to the scheduler"
+    yield "VLLM_RAISE_ON_LOGIT_NANS", True, envs.VLLM_RAISE_ON_LOGIT_NANS, reason
+
+
+def _multiply_in_fp32() -> None:
+    """Triton's products of fp32 in fp32, not in TF32, its default; Ray's workers get vLLM's own variables only."""
+    os.environ.setdefault(_TRITON_FP32, "ieee")
+    copied = os.environ.get(_RAY_COPIES, "")
+    if _TRITON_FP32 not in copied.split(","):
+        os.environ[_RAY_COPIES] = f"{copied},{_TRITON_FP32}".strip(",")
 
 
 def _has_experts(hf_config: PretrainedConfig) -> bool:

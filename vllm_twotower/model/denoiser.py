@@ -23,6 +23,7 @@ from vllm.model_executor.models.nemotron_h import NemotronHAttention, NemotronHM
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
 
+from vllm_twotower.config import ATTENTION_BACKENDS, ATTENTION_REASON
 from vllm_twotower.kernels.seeded_mamba import seeded_conv, seeded_scan
 
 from .context import mamba_mixer, moe_mixer
@@ -93,7 +94,12 @@ def _own_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
     """The same backend under another name, so that the denoiser gets a metadata builder of its own.
 
     Layers that share a backend share its builder, whose persistent buffers would be overwritten by the other tower.
+    Raises ValueError for a backend that is not known to write the canvas's keys and values.
     """
+    if backend.get_name() not in ATTENTION_BACKENDS:
+        raise ValueError(
+            f"the attention backend {backend.get_name()} is not supported for TwoTower models: {ATTENTION_REASON}"
+        )
     return subclass_attention_backend("Denoiser", backend, backend.get_builder_cls())
 
 
