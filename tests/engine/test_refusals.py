@@ -78,6 +78,16 @@ def test_ranks_notice_their_errors_unless_the_user_has_a_worker(chosen: str, use
     assert config(tensor_parallel_size=2, worker_cls=chosen).parallel_config.worker_cls == used
 
 
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [("max_num_batched_tokens", 64), ("max_num_scheduled_tokens", 64), ("long_prefill_token_threshold", 16)],
+)
+def test_what_would_cut_a_canvas_is_raised(name: str, needed: int) -> None:
+    """A canvas that is never whole is never denoised: no answer, no error."""
+    assert getattr(config(**{name: 8}).scheduler_config, name) == needed
+    assert getattr(config(**{name: 100}).scheduler_config, name) == 100
+
+
 def test_diffusion_config_sets_the_canvas() -> None:
     made = config(diffusion_config={"canvas_length": 8, "max_denoising_steps": 4})
     assert made.model_config.hf_config.twotower["canvas_length"] == 8

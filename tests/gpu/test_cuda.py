@@ -16,12 +16,10 @@ SHARED = {"gpu_memory_utilization": 0.1}  # test processes may share the device
 
 @pytest.fixture(autouse=True, scope="module")
 def without_tf32() -> Iterator[None]:
-    """TF32, the default of Triton's matrix products of fp32, would round the goldens' decisions differently."""
+    """TF32 would round the goldens' decisions differently; Triton's products are the engine's own concern."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_F32_DEFAULT", "ieee")
-        yield
+    yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 

@@ -105,7 +105,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             raise ValueError(f"{name}={value!r} is not supported for TwoTower models: {reason}")
     vllm_config.scheduler_config.async_scheduling = False
     if not vllm_config.use_v2_model_runner:
-        raise ValueError("VLLM_USE_V2_MODEL_RUNNER=0 is not supported for TwoTower models: unset it")
+        raise ValueError("TwoTower models need vLLM's V2 model runner; the warning above says what it lacks")
 
 
 def _limits(vllm_config: VllmConfig) -> Iterator[tuple[str, Any, Any, str]]:
@@ -188,6 +188,7 @@ def _limits(vllm_config: VllmConfig) -> Iterator[tuple[str, Any, Any, str]]:
 
     reason = "vLLM's formulas know no denoiser; /metrics counts its passes"
     yield "enable_mfu_metrics", True, vllm_config.observability_config.enable_mfu_metrics, reason
+    yield "VLLM_USE_V2_MODEL_RUNNER", 0, envs.VLLM_USE_V2_MODEL_RUNNER is False, "unset it"
     reason = "vLLM's count of NaN logits carries the denoiser's passes to the scheduler"
     yield "VLLM_RAISE_ON_LOGIT_NANS", True, envs.VLLM_RAISE_ON_LOGIT_NANS, reason
 
