@@ -132,8 +132,9 @@ def _limits(vllm_config: VllmConfig) -> Iterator[tuple[str, Any, Any, str]]:
     bidirectional = getattr(model.hf_config, "bidirectional_mamba", False)
     reason = "the denoiser's Mamba layers run from left to right here; use vllm_twotower.reference"
     yield "bidirectional_mamba", bidirectional, bidirectional, reason
-    reason = "on CPUs weights are not quantised"
-    yield "quantization", model.quantization, model.quantization and current_platform.is_cpu(), reason
+    for name in ("quantization", "quantization_config"):
+        value = getattr(model, name)
+        yield name, value, value and current_platform.is_cpu(), "on CPUs weights are not quantised"
     reason = "a token passes the experts of both towers, and the denoiser's many times"
     yield "enable_return_routed_experts", True, vllm_config.aux_output_config.enable_return_routed_experts, reason
 
