@@ -136,8 +136,25 @@ class EngineOptions:
 
     def store(self, model_config: ModelConfig) -> None:
         """Keeps the options where every process of the engine finds them."""
-        model_config.hf_config.twotower = asdict(self)
+        model_config.hf_config.twotower = _StoredOptions(asdict(self))
         model_config.hf_config.canvas_length = self.canvas_length
+
+
+class _StoredOptions(dict):
+    """The options in a configuration. A process that such a configuration is sent to loads vLLM's plugins.
+
+    vLLM loads them where a configuration is made; Ray Serve's replicas get theirs from another process.
+    """
+
+    def __reduce__(self) -> tuple:
+        return _receive, (dict(self),)
+
+
+def _receive(options: dict[str, Any]) -> _StoredOptions:
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    return _StoredOptions(options)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class TestOverRay:
         """The check of a server's start."""
         for name, value in cluster.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match=r"2 ranks need as many GPUs .*, of which 0 are free \(of 2\)"):
+        with pytest.raises(ValueError, match=r"needs 2 GPUs of the Ray cluster, of which 0 are free \(of 2\)"):
             check_ray_devices(2, patience=1)
         assert deployment.server.answers()
 

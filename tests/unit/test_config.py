@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +42,15 @@ def test_engine_options_are_taken() -> None:
     assert resolve({"twotower": {"denoise_steps_per_engine_step": "auto"}}).denoise_steps_per_engine_step == "auto"
     assert EngineOptions.resolve(None, 16, None, 9, 320).mask_token_id == 9  # the checkpoint's own
     assert EngineOptions.of(model_config(resolve(given))) == resolve(given)
+
+
+def test_a_process_that_is_sent_the_options_loads_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a replica of Ray Serve, which is sent a finished configuration, would run without the patches."""
+    calls = []
+    monkeypatch.setattr("vllm.plugins.load_general_plugins", lambda: calls.append(True))
+    sent = pickle.loads(pickle.dumps(model_config().hf_config))
+    assert EngineOptions.of(SimpleNamespace(hf_config=sent)) == ENGINE
+    assert calls == [True]
 
 
 @pytest.mark.parametrize(

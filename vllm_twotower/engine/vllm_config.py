@@ -225,8 +225,8 @@ def _check_ranks(vllm_config: VllmConfig) -> None:
         check_tensor_parallel_size(TwoTowerConfig.of(hf_config), parallel.tensor_parallel_size)
     except ValueError as error:
         raise ValueError(f"tensor_parallel_size={parallel.tensor_parallel_size} is not possible: {error}") from None
-    if parallel.use_ray and parallel.placement_group is None:
-        check_ray_devices(parallel.world_size)
+    if parallel.use_ray:
+        check_ray_devices(parallel.world_size, parallel.placement_group)
 
 
 def _refuse_transfers(vllm_config: VllmConfig) -> None:
