@@ -53,7 +53,8 @@ def start(ranks: int, port: int, threads: int = 0) -> dict[str, str]:
         raise RayClusterError(f"--ranks is {ranks}: it must be at least 1")
     if not 1024 <= port <= 65535:
         raise RayClusterError(f"--port is {port}: it must be within 1024 and 65535")
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+    cores = len(os.sched_getaffinity(0))
+    threads = threads or max(1, cores // ranks)
     variables = _variables(port, threads)
     if (mode := os.environ.get("RAY_AUTH_MODE", "token")) != "token":
         raise RayClusterError(
@@ -76,6 +77,8 @@ def start(ranks: int, port: int, threads: int = 0) -> dict[str, str]:
             f"--node-ip-address={LOOPBACK}",
             f"--port={port}",
             f"--num-gpus={ranks}",
+            # Serve's and Data's replicas take a CPU each; what feeds them would never get one.
+            f"--num-cpus={cores + ranks}",
             "--include-dashboard=false",
             "--disable-usage-stats",
         ],
