@@ -23,3 +23,9 @@ def test_missing_tensor(tmp_path: Path) -> None:
     status, output = refused_start(folder, tmp_path / "log", "--kv-cache-memory-bytes", "64M")
     assert status != 0
     assert f"missing in the TwoTower checkpoint: {name} [4]" in output
+
+
+def test_embeddings(tmp_path: Path) -> None:
+    status, output = refused_start(golden_data.checkpoint("A"), tmp_path / "log", "--runner", "pooling")
+    assert status != 0
+    assert "runner='pooling' is not supported for TwoTower models" in "".join(output.splitlines()[-3:])
