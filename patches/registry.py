@@ -23,6 +23,7 @@ WORKER_MODULES = (
     "cpu_block_tables",
     "cpu_kv_zeroing",
     "cpu_logprobs",
+    "embedding_mask",
     "grammar_bitmask",
 )
 
@@ -112,6 +113,13 @@ def runs_on_cpu_without_triton() -> bool:
     from vllm.triton_utils import HAS_TRITON
 
     return current_platform.is_cpu() and not HAS_TRITON
+
+
+def runs_on_cpu() -> bool:
+    """On vLLM's CPU platform."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
 
 
 def everywhere() -> bool:

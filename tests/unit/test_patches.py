@@ -1,12 +1,16 @@
-"""The patch records: complete, pointing at code that exists, and checked against exactly the vLLM that is installed."""
+"""The records of patches and overrides: complete, pointing at code that exists, checked against the vLLM installed."""
 
 import ast
+import asyncio
 import dataclasses
 import functools
 import hashlib
 import importlib.util
 import inspect
 import pkgutil
+import textwrap
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,13 +21,16 @@ pytest.importorskip("vllm")
 from packaging.version import Version
 from vllm.version import __version__ as VLLM_VERSION
 
+import vllm_twotower
 import vllm_twotower.patches as patches
-from vllm_twotower.patches import _cpu_kernel, model_runner_choice, registry
+from vllm_twotower.patches import OVERRIDES, Override, _cpu_kernel, model_runner_choice, registry
 from vllm_twotower.patches.registry import TWO_TOWER_ARCHITECTURE, Patch, all_patches, locate
 
 VLLM_RELEASE = Version(VLLM_VERSION).base_version
 PATCHES = all_patches()
 each_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+each_override = pytest.mark.parametrize("override", OVERRIDES, ids=lambda override: override.name)
+each_record = pytest.mark.parametrize("record", PATCHES + OVERRIDES, ids=lambda record: record.name)
 without_triton = pytest.mark.skipif(not registry.runs_on_cpu_without_triton(), reason="for a CPU without Triton")
 
 TWO_TOWER = SimpleNamespace(architectures=[TWO_TOWER_ARCHITECTURE])
@@ -68,36 +75,155 @@ def test_target_exists(patch: Patch):
     locate(patch.target)
 
 
-@each_patch
-def test_upstream_source_is_the_one_the_patch_was_checked_against(patch: Patch):
-    recorded = patch.source_sha256.get(VLLM_RELEASE)
-    if recorded is None and not patch.applies_when():
+@each_override
+def test_override_is_where_the_record_says(override: Override):
+    locate_definition(override.where)
+    for member in override.members:
+        assert is_member(member), member
+
+
+def locate_definition(target: str) -> object:
+    """What "module" or "module:qualified.name" names."""
+    module_name, _, path = target.partition(":")
+    return functools.reduce(getattr, filter(None, path.split(".")), importlib.import_module(module_name))
+
+
+def is_member(member: str) -> bool:
+    """Whether vLLM has the function, or the class the method, field or attribute of its instances."""
+    holder, _, name = member.replace(":", ".:.").rpartition(".")
+    holder = locate_definition(holder.removesuffix(".:").replace(".:.", ":"))
+    if not isinstance(holder, type):
+        return hasattr(holder, name)
+    return any(name in vars(base) or name in annotations(base) | set_attributes(base) for base in vllm_classes(holder))
+
+
+def vllm_classes(cls: type) -> list[type]:
+    return [base for base in cls.__mro__ if base.__module__.partition(".")[0] == "vllm"]
+
+
+def annotations(cls: type) -> set[str]:
+    return set(vars(cls).get("__annotations__", ()))
+
+
+@functools.cache
+def set_attributes(cls: type) -> frozenset[str]:
+    """The attributes that a class's methods set on self."""
+    targets = (
+        node
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls))))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name)
+    )
+    return frozenset(node.attr for node in targets if node.value.id == "self")
+
+
+@each_record
+def test_upstream_source_is_the_one_the_record_was_checked_against(record: Patch | Override):
+    recorded = record.source_sha256.get(VLLM_RELEASE)
+    if recorded is None and not record.applies_when():
         pytest.skip(f"does not apply here and has not been checked against vLLM {VLLM_RELEASE}")
-    found = source_digest(patch.sources)
+    found = source_digest(record.sources)
     assert recorded == found, (
-        f"vLLM {VLLM_RELEASE}: compare {', '.join(patch.sources)} with the patch '{patch.name}', "
-        f"adapt it, then record source_sha256 {found}"
+        f"vLLM {VLLM_RELEASE}: compare {', '.join(record.sources)} with '{record.name}', adapt it, then record "
+        f"source_sha256 {found}"
     )
 
 
-@each_patch
-def test_record_is_complete(patch: Patch):
-    for field in dataclasses.fields(patch):
-        assert getattr(patch, field.name), field.name
-    assert patch.applies_when.__doc__, "applies_when says in words when the patch applies"
-    assert all(Version(version).base_version == version for version in patch.source_sha256)
+@each_record
+def test_record_is_complete(record: Patch | Override):
+    for field in dataclasses.fields(record):
+        assert getattr(record, field.name), field.name
+    assert record.applies_when.__doc__, "applies_when says in words when the record applies"
+    assert all(Version(version).base_version == version for version in record.source_sha256)
 
 
 def test_names_are_unique():
-    assert len({patch.name for patch in PATCHES}) == len(PATCHES)
+    assert len({record.name for record in PATCHES + OVERRIDES}) == len(PATCHES + OVERRIDES)
 
 
 def test_every_module_registers_a_patch():
-    """Only the registry itself and modules with a leading underscore may hold none."""
+    """Only the registry, the overrides and modules with a leading underscore may hold none."""
     modules = {module.name for module in pkgutil.iter_modules(patches.__path__) if not module.name.startswith("_")}
-    assert modules - {"registry"} == {*registry.START_MODULES, *registry.WORKER_MODULES}
-    for name in modules - {"registry"}:
+    modules -= {"registry", "overrides"}
+    assert modules == {*registry.START_MODULES, *registry.WORKER_MODULES}
+    for name in modules:
         assert registry.load_patches(name), name
+
+
+RECORDED = {member for override in OVERRIDES for member in override.members}
+# What looks private and is the public interface of Python's named tuples, or belongs to another library.
+NOT_OF_VLLM = {"_asdict", "_exit", "_replace", "_is_amx_tile_supported", "_is_avx512_bf16_supported"}
+
+
+def our_modules() -> Iterator[str]:
+    for module in pkgutil.walk_packages(vllm_twotower.__path__, "vllm_twotower."):
+        if not module.name.startswith(patches.__name__) and not module.name.endswith("__main__"):
+            yield module.name
+
+
+def our_subclasses() -> Iterator[type]:
+    for name in our_modules():
+        for cls in vars(importlib.import_module(name)).values():
+            if isinstance(cls, type) and cls.__module__ == name and vllm_classes(cls):
+                yield cls
+
+
+def of_vllm(cls: type, name: str, is_set: bool) -> set[str]:
+    """The classes' members of that name that a subclass overrides, or whose instances' attribute it sets anew."""
+    return {
+        f"{base.__module__}:{base.__qualname__}.{name}"
+        for base in vllm_classes(cls)
+        if name in vars(base) or (is_set and name in set_attributes(base))
+    }
+
+
+def overridden_members() -> dict[str, set[str]]:
+    """Our members that override private ones, and attributes that are set anew: the members of vLLM's classes."""
+    found = {}
+    for cls in our_subclasses():
+        ours = {name: False for name in vars(cls) if name.startswith("_") and not name.startswith("__")}
+        ours.pop("_abc_impl", None)  # Python's own
+        ours.pop("_is_protocol", None)
+        ours |= dict.fromkeys(set_attributes(cls), True)
+        for name, is_set in ours.items():
+            if members := of_vllm(cls, name, is_set):
+                found[f"{cls.__module__}:{cls.__qualname__}.{name}"] = members
+    return found
+
+
+def test_every_private_member_that_is_overridden_has_a_record():
+    found = overridden_members()
+    assert any(name.endswith("TwoTowerScheduler._free_request") for name in found)
+    assert {name: members for name, members in found.items() if not members & RECORDED} == {}, (
+        "these override members of vLLM's classes that are not its interface: add an Override to patches/overrides.py"
+    )
+
+
+def private_names() -> tuple[set[str], set[str]]:
+    """The private names that our code defines, and those that it uses."""
+    defined, used = set(), set()
+    for module_name in our_modules():
+        for node in ast.walk(parsed_module(module_name)[1]):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                defined.add(node.id)
+            elif isinstance(node, ast.Attribute):
+                is_own = (
+                    isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"
+                )
+                (defined if is_own else used).add(node.attr)
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
+                used.update(alias.name for alias in node.names)
+    return defined, {name for name in used if name.startswith("_") and not name.startswith("__")}
+
+
+def test_every_private_name_of_vllm_that_is_used_has_a_record():
+    defined, used = private_names()
+    recorded = {member.replace(":", ".").rpartition(".")[2] for member in RECORDED}
+    assert "_encode_layer_name" in used - defined
+    assert used - defined - recorded - NOT_OF_VLLM == set(), (
+        "nothing in this package defines these: add an Override to patches/overrides.py if they are vLLM's"
+    )
 
 
 def test_changed_upstream_source_is_noticed(monkeypatch):
@@ -126,12 +252,13 @@ def test_no_cpu_kernel_where_triton_works(monkeypatch):
         "structured-outputs-validation",
         "grammar-bitmask",
         "diffusion-metrics",
-        "shared-memory-names",
-        "beam-search-completion",
-        "beam-search-chat",
         "open-requests-of-a-server",
         "open-requests-offline",
         "request-errors",
+        "shared-memory-names-executor",
+        "shared-memory-names-rank",
+        "beam-search",
+        *(["embedding-mask"] if registry.runs_on_cpu() else ()),
     }
 
 
@@ -206,6 +333,46 @@ def test_two_tower_requests_are_checked_by_our_rules(monkeypatch):
     with pytest.raises(VLLMValidationError, match="temperature"):
         params._validate_diffusion(OTHER_MODEL)
     assert checked == [TWO_TOWER]
+
+
+each_model = pytest.mark.parametrize("model", [TWO_TOWER, OTHER_MODEL], ids=["ours", "other"])
+
+
+@each_model
+@pytest.mark.parametrize("made_by", ["executor", "rank"])
+@pytest.mark.usefixtures("uninstalled")
+def test_only_two_tower_queues_lose_their_name(made_by: str, model: SimpleNamespace):
+    """As soon as the executor and its ranks have mapped them."""
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
+
+    patches.install_start_patches()
+    queue, config = MessageQueue(1, 1, max_chunk_bytes=1024, max_chunks=1), SimpleNamespace(model_config=model)
+    name = Path("/dev/shm") / queue.buffer.shared_memory.name
+    assert name.exists()
+    if made_by == "executor":
+        MultiprocExecutor._post_init_executor(SimpleNamespace(vllm_config=config, rpc_broadcast_mq=queue))
+    else:
+        worker = SimpleNamespace(vllm_config=config)
+        rank = SimpleNamespace(worker=worker, worker_response_mq=queue, rpc_broadcast_mq=None)
+        with pytest.raises(AssertionError):  # nothing to wait for
+            WorkerProc.worker_busy_loop(rank)
+    assert name.exists() is (model is OTHER_MODEL)
+
+
+@each_model
+@pytest.mark.parametrize("xargs", [{"diffusion_mode": "ar"}, {"other": 1}, None])
+@pytest.mark.usefixtures("uninstalled")
+def test_only_two_tower_beam_searches_refuse_diffusion_options(model: SimpleNamespace, xargs: dict | None):
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+    from vllm.exceptions import VLLMValidationError
+
+    patches.install_start_patches()
+    serving = SimpleNamespace(model_config=model, request_logger=None, _is_model_supported=lambda name: True)
+    request = SimpleNamespace(model="served", use_beam_search=True, vllm_xargs=xargs)
+    is_refused = model is TWO_TOWER and "diffusion_mode" in (xargs or ())
+    with pytest.raises(VLLMValidationError, match="vllm_xargs") if is_refused else nullcontext():
+        assert asyncio.run(BaseServing._check_model(serving, request)) is None
 
 
 @without_triton
