@@ -10,11 +10,8 @@ import os
 from typing import TYPE_CHECKING
 
 from vllm import envs
-from vllm.config import CacheConfig
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
-from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
-from vllm.utils.mem_constants import GiB_bytes
 
 from vllm_twotower.patches.registry import serves_two_tower
 
@@ -24,7 +21,8 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 _START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
-LARGEST_DEFAULT_KV_CACHE = 4 * GiB_bytes
+GIB = 1 << 30
+LARGEST_DEFAULT_KV_CACHE = 4 * GIB
 
 
 def cpu_platform() -> str | None:
@@ -85,6 +83,10 @@ def _bound_kv_cache(vllm_config: VllmConfig) -> None:
 
     vLLM would take 92 % of a node's memory, and refuse to start where so much is not free.
     """
+    # A platform may be asked for while vLLM's own modules are being imported.
+    from vllm.config import CacheConfig
+    from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
+
     cache = vllm_config.cache_config
     if cache.kv_cache_memory_bytes is not None or cache.gpu_memory_utilization != CacheConfig.gpu_memory_utilization:
         return
@@ -93,5 +95,5 @@ def _bound_kv_cache(vllm_config: VllmConfig) -> None:
     cache.kv_cache_memory_bytes = min(LARGEST_DEFAULT_KV_CACHE, free // 2 // ranks)
     logger.info(
         "kv_cache_memory_bytes=%.1fG for each rank, since neither it nor gpu_memory_utilization was set",
-        cache.kv_cache_memory_bytes / GiB_bytes,
+        cache.kv_cache_memory_bytes / GIB,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,8 +84,8 @@ def test_processes_are_forked_where_no_threads_are_bound(
 def free_memory(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A machine of 16 GB of which 12 are free; a test may change how much is."""
     node = SimpleNamespace(total_memory=16 * GiB_bytes, available_memory=12 * GiB_bytes)
-    monkeypatch.setattr(vllm_twotower.platform, "get_memory_node_info", lambda number: node)
-    monkeypatch.setattr(vllm_twotower.platform, "get_visible_memory_node", lambda: [0])
+    monkeypatch.setattr("vllm.utils.cpu_resource_utils.get_memory_node_info", lambda number: node)
+    monkeypatch.setattr("vllm.utils.cpu_resource_utils.get_visible_memory_node", lambda: [0])
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     return node
 
@@ -173,3 +175,12 @@ def test_any_other_model_over_ray_is_refused_in_the_words_of_vllm(
     assert (CpuPlatform.ray_device_key, current_platform.ray_device_key) == ("", "GPU")
     with pytest.raises(ValueError, match="current platform cpu does not support ray"):
         EngineArgs(model=str(golden_data.checkpoint("A")), **options).create_engine_config()
+
+
+@pytest.mark.parametrize("first", ["vllm.config", "vllm.distributed", "vllm.platforms", "vllm.v1.engine.async_llm"])
+def test_the_platform_is_found_whatever_is_imported_first(first: str) -> None:
+    """It may be asked for while vLLM's own modules are being imported."""
+    script = f"import {first}; from vllm.platforms import current_platform; print(type(current_platform).__name__)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout.split()[-1] == "TwoTowerCpuPlatform"
+    assert "Failed to load plugin" not in result.stdout + result.stderr

@@ -19,6 +19,7 @@ from .held_scores import HeldPromptScores
 from .metrics import RequestDenoisingMetrics, StepCosts
 from .mode_control import ModeControl
 from .prefix_cache import FoundPages, check_page_size, commit_interval
+from .processes import end_engine_with_its_parent
 from .rows import Row, rows_work
 
 logger = init_logger(__name__)
@@ -33,6 +34,7 @@ class TwoTowerScheduler(DiffusionScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        end_engine_with_its_parent()
         self._engine_options = options = EngineOptions.of(self.vllm_config.model_config)
         # vLLM's own level must be none without a speculative configuration.
         self.spec_decode_metrics_level = options.request_metrics

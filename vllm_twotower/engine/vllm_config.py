@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import signal
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -17,12 +15,13 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import NemotronHForCausalLMConfig, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
-from vllm.v1.worker.gpu.sample.logits_processor.loader import LOGITSPROCS_GROUP
 
 from vllm_twotower.checkpoint import DEFAULT_CANVAS_LENGTH, TwoTowerConfig
 from vllm_twotower.config import ATTENTION_BACKENDS, ATTENTION_REASON, EngineOptions
 from vllm_twotower.parallel import check_tensor_parallel_size
 from vllm_twotower.ray_devices import check_ray_devices
+
+from .processes import keep_signals_of_forked_processes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -51,7 +50,7 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Resolves the engine's options; raises ValueError for what cannot be served, naming option and value."""
-        _keep_signals_of_forked_processes()
+        keep_signals_of_forked_processes()
         _refuse_unsupported(vllm_config)
         NemotronHForCausalLMConfig.verify_and_update_config(vllm_config)
 
@@ -70,7 +69,7 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
             request_metrics=vllm_config.observability_config.per_request_spec_decode_metrics,
             # A GPU's pass reads all weights for a few tokens already; a CPU's takes longer with every token.
             prompt_tokens_beside_blocks=64 if current_platform.is_cpu() else 1024,
-            custom_arguments=bool(vllm_config.model_config.logits_processors or entry_points(group=LOGITSPROCS_GROUP)),
+            custom_arguments=_has_logits_processors(vllm_config.model_config),
             seed=vllm_config.model_config.seed,
         )
         options.store(vllm_config.model_config)
@@ -88,15 +87,6 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
         # The two towers run on different rows of a step, so a whole-step graph or compiled forward does not apply.
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-
-
-@functools.cache
-def _keep_signals_of_forked_processes() -> None:
-    """A forked process must not pass its signals on to the event loop of the process it was forked from.
-
-    It inherits the file descriptor to which Python writes them: a SIGTERM for a rank would shut the server down.
-    """
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -200,6 +190,12 @@ def _multiply_in_fp32() -> None:
     copied = os.environ.get(_RAY_COPIES, "")
     if _TRITON_FP32 not in copied.split(","):
         os.environ[_RAY_COPIES] = f"{copied},{_TRITON_FP32}".strip(",")
+
+
+def _has_logits_processors(model_config: ModelConfig) -> bool:
+    from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
+
+    return bool(model_config.logits_processors or entry_points(group=LOGITSPROCS_GROUP))
 
 
 def _has_experts(hf_config: PretrainedConfig) -> bool:
