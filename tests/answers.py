@@ -88,7 +88,7 @@ def golden_request(run: DiffusionRun) -> dict[str, Any]:
 def completion_body(prompt: Sequence[int], options: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON body of the same request."""
     arguments = completion_arguments(prompt, options)
-    return {**arguments, **arguments.pop("extra_body")}
+    return {**arguments.pop("extra_body"), **arguments}
 
 
 def chat_arguments(text: str, options: Mapping[str, Any]) -> dict[str, Any]:

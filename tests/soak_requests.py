@@ -11,6 +11,8 @@ from bad_requests import BAD_FIELDS, BAD_OPTIONS
 from random_requests import VOCABULARY, RandomRequest, draw_block_options, draw_request
 
 MAX_MODEL_LEN = 1024
+PAGE = 128
+"""Tokens of a page of checkpoint A in fp32."""
 STAYS, LEAVES, IS_BAD = "stays", "leaves", "is bad"
 NEEDS_TEXT = ("presence_penalty", "frequency_penalty", "bad_words", "min_tokens")
 """Rules that depend on where the returned text begins."""
@@ -34,7 +36,8 @@ class Asked:
     """A request, what its client does, and the body it sends.
 
     A client that leaves does so ``patience`` seconds after it has asked, unless it has its answer by then. The message
-    that refuses a bad request has all ``words``.
+    that refuses a bad request has all ``words``. With a ``follow_up`` the client asks once more, for what comes after
+    the prompt, the answer and these tokens; only that answer is looked at.
     """
 
     client: str
@@ -42,6 +45,7 @@ class Asked:
     request: RandomRequest | None = None
     patience: float | None = None
     words: tuple[str, ...] = ()
+    follow_up: list[int] | None = None
 
 
 def draw_asked(seed: int, index: int) -> Asked:
@@ -55,12 +59,18 @@ def draw_asked(seed: int, index: int) -> Asked:
     if chance < 0.2:
         request.options["max_tokens"] = min(rng.randint(60, 300), MAX_MODEL_LEN - len(request.prompt))
         client, patience = LEAVES, rng.choice((0.02, 0.2, 2.0)) * rng.random()
+    follow_up = None
+    if client == STAYS and rng.random() < 0.15 and not request.options.keys() & {"n", "structured_outputs"}:
+        # The answer fills the prompt's last page, so that the next turn can find it.
+        request.prompt = rng.choices(range(4, VOCABULARY), k=PAGE * rng.randint(1, 2) - rng.randint(0, 24))
+        request.options["max_tokens"] += 16
+        follow_up = rng.choices(range(4, VOCABULARY), k=rng.randint(1, 40))
     body = completion_body(request.prompt, request.options)
     if "prompt_logprobs" not in request.options and rng.random() < 0.4:
         body["stream"] = True
         if rng.random() < 0.3:
             body["stream_options"] = {"include_usage": True}
-    return Asked(client, body, request, patience)
+    return Asked(client, body, request, patience, follow_up=follow_up)
 
 
 def _draw_bad(rng: random.Random) -> Asked:

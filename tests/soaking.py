@@ -128,9 +128,14 @@ async def load(server: Server, seed: int, indices: Sequence[int], journal: Journ
 
 
 async def _outcome(client: httpx.AsyncClient, server: Server, asked: Asked) -> Record:
+    body = asked.body
     try:
         async with asyncio.timeout(asked.patience):
-            response = await _post(client, server, asked.body)
+            response = await _post(client, server, body)
+            if asked.follow_up is not None and _is_answer(response):
+                [choice] = _answers(response, body)["choices"]
+                body = {**body, "prompt": body["prompt"] + choice["token_ids"] + asked.follow_up}
+                response = await _post(client, server, body)
     except TimeoutError:
         return {"outcome": LEFT}
     except httpx.HTTPError as error:
@@ -139,9 +144,13 @@ async def _outcome(client: httpx.AsyncClient, server: Server, asked: Asked) -> R
     if asked.client == IS_BAD:
         if response.status_code == 400 and all(word in response.json()["error"]["message"] for word in asked.words):
             return {"outcome": REFUSED}
-    elif response.status_code == 200 and 'data: {"error"' not in response.text:
-        return {"outcome": ANSWERED, "answers": _answers(response, asked.body)}
+    elif _is_answer(response):
+        return {"outcome": ANSWERED, "prompt": body["prompt"], "answers": _answers(response, body)}
     return {"outcome": FAILED, "why": f"status {response.status_code}: {response.text[:1000]}"}
+
+
+def _is_answer(response: httpx.Response) -> bool:
+    return response.status_code == 200 and 'data: {"error"' not in response.text
 
 
 def _answers(response: httpx.Response, body: dict[str, Any]) -> Answers:
@@ -151,7 +160,9 @@ def _answers(response: httpx.Response, body: dict[str, Any]) -> Answers:
 
 
 def _client(at_once: int) -> httpx.AsyncClient:
-    return httpx.AsyncClient(timeout=REQUEST_SECONDS, limits=httpx.Limits(max_connections=at_once))
+    """A client that takes a connection for each request: the server closes one that it has not used for 5 seconds."""
+    limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=0)
+    return httpx.AsyncClient(timeout=REQUEST_SECONDS, limits=limits)
 
 
 async def _post(client: httpx.AsyncClient, server: Server, body: dict[str, Any]) -> httpx.Response:
@@ -215,8 +226,9 @@ async def compare_alone(
                 assert response.status_code == 200, response.text
                 return _answers(response, body)
 
-            got = journal.outcome(index)["answers"]
-            comparison, want = await compare(draw_asked(seed, index).request, got, ask)
+            record = journal.outcome(index)
+            request = RandomRequest(record["prompt"], draw_asked(seed, index).request.options)
+            comparison, want = await compare(request, record["answers"], ask)
             shown = {"alone": want} if comparison.different else {}
             journal.add("alone", index=index, **asdict(comparison), **shown)
 
@@ -236,7 +248,8 @@ def summarize(seed: int, indices: Sequence[int], journal: Journal, judge: Roundi
             faults.append(f"request {index}: {record['why']}")
     for index, comparison in compared.items():
         if comparison["different"]:
-            request, both = draw_asked(seed, index).request, (outcomes[index]["answers"], comparison["alone"])
+            request = RandomRequest(outcomes[index]["prompt"], draw_asked(seed, index).request.options)
+            both = (outcomes[index]["answers"], comparison["alone"])
             is_of_choices = "prompt_logprobs" not in comparison["different"]
             if is_of_choices and all(
                 asyncio.run(judge.explains(request, answers)) for answers in both if answers is not None
