@@ -77,6 +77,7 @@ from deployments import (  # noqa: E402
     endless_request,
     over_processes,
     over_ray,
+    runs,
     segments_of,
 )
 from ray_clusters import running_cluster  # noqa: E402
@@ -94,7 +95,7 @@ class Forked(psutil.Process):
     """A forked server, with what `subprocess.Popen` has and the tests' servers ask for."""
 
     def poll(self) -> int | None:
-        return None if self.is_running() and self.status() != psutil.STATUS_ZOMBIE else 0
+        return None if runs(self) else 0
 
     def wait(self, timeout: float | None = None) -> int:
         try:
@@ -256,23 +257,17 @@ def try_once(fault: Fault, deployment: Deployment, executor: str) -> Outcome:
     since = time.monotonic()
     fault.cause(deployment)
     answered = seconds_until(lambda: len(errors) == CLIENTS, since)
-    gone = seconds_until(lambda: not any(map(_runs, processes)), since)
+    gone = seconds_until(lambda: not any(map(runs, processes)), since)
     seconds_until(lambda: not any(segment.exists() for segment in segments), time.monotonic() - FAULT_SECONDS + 5)
     return Outcome(
         executor,
         fault.name,
         answered,
         gone,
-        sum(map(_runs, processes)),
+        sum(map(runs, processes)),
         sum(segment.exists() for segment in segments),
         _is_taken(server.port),
     )
-
-
-def _runs(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def _is_taken(port: int) -> bool:

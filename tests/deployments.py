@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,13 @@ def endless_request(server: Server, stream: bool, errors: list[Exception]) -> No
         return  # no answer
     except Exception as error:
         errors.append(error)
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether it has not ended; whoever must wait for its status may not have done so yet."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def segments_of(process: psutil.Process) -> set[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
@@ -12,9 +13,9 @@ import httpx
 import openai
 import psutil
 import pytest
-from deployments import KILLED_RANK, TINY, complete, ends_in_errors, over_processes
+from deployments import FAULT_SECONDS, KILLED_RANK, TINY, complete, ends_in_errors, over_processes, runs
 from prometheus_client.parser import text_string_to_metric_families
-from serving import REPOSITORY, running_server, server_environment
+from serving import REPOSITORY, running_server, server_environment, wait_until
 from stuck_rank import STUCK_FILE, STUCK_RANK
 
 
@@ -43,6 +44,17 @@ def test_a_signal_for_a_rank_is_not_the_servers(tmp_path: Path) -> None:
         with ends_in_errors(deployment, "died unexpectedly"):
             deployment.ranks()[0].terminate()
         assert "API server: shutdown triggered" not in deployment.server.log_text()
+
+
+def test_killed_api_server(tmp_path: Path) -> None:
+    """Its engine and ranks end, and with them its port is free."""
+    with over_processes(tmp_path / "log") as deployment:
+        processes = deployment.processes()
+        deployment.server.process.kill()
+        wait_until(lambda: not any(map(runs, processes)), "all processes have ended", FAULT_SECONDS)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", deployment.server.port))
 
 
 def test_killed_engine_of_a_batch() -> None:
