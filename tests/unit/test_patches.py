@@ -255,8 +255,7 @@ def test_no_cpu_kernel_where_triton_works(monkeypatch):
         "open-requests-of-a-server",
         "open-requests-offline",
         "request-errors",
-        "shared-memory-names-executor",
-        "shared-memory-names-rank",
+        "shared-memory-names",
         "beam-search",
         *(["embedding-mask"] if registry.runs_on_cpu() else ()),
     }
