@@ -338,28 +338,6 @@ each_model = pytest.mark.parametrize("model", [TWO_TOWER, OTHER_MODEL], ids=["ou
 
 
 @each_model
-@pytest.mark.parametrize("made_by", ["executor", "rank"])
-@pytest.mark.usefixtures("uninstalled")
-def test_only_two_tower_queues_lose_their_name(made_by: str, model: SimpleNamespace):
-    """As soon as the executor and its ranks have mapped them."""
-    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
-    from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
-
-    patches.install_start_patches()
-    queue, config = MessageQueue(1, 1, max_chunk_bytes=1024, max_chunks=1), SimpleNamespace(model_config=model)
-    name = Path("/dev/shm") / queue.buffer.shared_memory.name
-    assert name.exists()
-    if made_by == "executor":
-        MultiprocExecutor._post_init_executor(SimpleNamespace(vllm_config=config, rpc_broadcast_mq=queue))
-    else:
-        worker = SimpleNamespace(vllm_config=config)
-        rank = SimpleNamespace(worker=worker, worker_response_mq=queue, rpc_broadcast_mq=None)
-        with pytest.raises(AssertionError):  # nothing to wait for
-            WorkerProc.worker_busy_loop(rank)
-    assert name.exists() is (model is OTHER_MODEL)
-
-
-@each_model
 @pytest.mark.parametrize("xargs", [{"diffusion_mode": "ar"}, {"other": 1}, None])
 @pytest.mark.usefixtures("uninstalled")
 def test_only_two_tower_beam_searches_refuse_diffusion_options(model: SimpleNamespace, xargs: dict | None):
