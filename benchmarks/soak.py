@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=REPOSITORY / "runs" / "soak", help="folder of logs and results")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server stays
 
     indices, results = range(args.requests), args.output / "results.jsonl"
     if args.only is not None:
