@@ -225,7 +225,7 @@ OVERRIDES = (
     Override(
         name="group-memory",
         members=(f"{COMMUNICATOR}:_CPUSHMDistributed.group_name",),
-        where="vllm_twotower.model.shared_memory:remove_segment_name",
+        where="vllm_twotower.model.shared_memory:remove_group_names",
         why="The name of the segment through which ranks on a CPU exchange tensors is removed from /dev/shm.",
         sources=(
             f"{COMMUNICATOR}:CpuCommunicator.__init__",

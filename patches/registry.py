@@ -17,6 +17,7 @@ START_MODULES = (
     "request_errors",
 )
 WORKER_MODULES = (
+    "shared_memory_names_ranks",
     "triton_placeholder",
     "cpu_staged_writes",
     "cpu_input_batch",

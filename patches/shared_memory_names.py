@@ -1,49 +1,62 @@
-"""Message queues of ranks without a name on disk (upstream: vllm/distributed/device_communicators/shm_broadcast.py)."""
+"""The executor's message queue without a name on disk (upstream: vllm/v1/executor/multiproc_executor.py)."""
 
 import functools
 from typing import Any
 
-from vllm_twotower.patches.registry import Patch, everywhere, locate, replace
+from vllm_twotower.patches.registry import Patch, everywhere, locate, replace, serves_two_tower
 
+EXECUTOR = "vllm.v1.executor.multiproc_executor"
+RAY = "vllm.v1.executor.ray_executor_v2"
 QUEUES = "vllm.distributed.device_communicators.shm_broadcast"
-READY = f"{QUEUES}:MessageQueue.wait_until_ready"
+READY = f"{EXECUTOR}:MultiprocExecutor._post_init_executor"
+QUEUE_SOURCES = (
+    f"{QUEUES}:MessageQueue.wait_until_ready",
+    f"{QUEUES}:MessageQueue.create_from_handle",
+    f"{QUEUES}:ShmRingBuffer.__init__",
+    f"{QUEUES}:ShmRingBuffer.__del__",
+)
+WHY = (
+    "vLLM frees a queue's memory when the queue is collected. A killed rank, or an engine that takes too long to end "
+    "and is killed with Python's resource tracker, leaves up to 240 MiB in /dev/shm, until an engine finds no space."
+)
+REMOVE_WHEN = "vLLM's message queues leave nothing in /dev/shm when their processes are killed"
 
 
 def install_unlinking() -> None:
-    """Take a queue's memory out of /dev/shm once every reader has mapped it: it is freed with the last of them."""
+    """Take the memory of the executor's queue out of /dev/shm once every rank has mapped it."""
     holder, name = locate(READY)
-    upstream_ready = getattr(holder, name)
+    upstream_post_init = getattr(holder, name)
 
-    @functools.wraps(upstream_ready)
-    def wait_until_ready(self: Any) -> None:
-        upstream_ready(self)
-        buffer = self.buffer if self._is_writer else None
-        if buffer is not None and buffer.is_creator:
-            buffer.is_creator = False
-            buffer.shared_memory.unlink()
+    @functools.wraps(upstream_post_init)
+    def post_init_executor(self: Any) -> None:
+        upstream_post_init(self)
+        if serves_two_tower(self.vllm_config.model_config):
+            from vllm_twotower.model.shared_memory import remove_queue_name
 
-    replace(READY, wait_until_ready)
+            remove_queue_name(self.rpc_broadcast_mq)
+
+    replace(READY, post_init_executor)
 
 
 PATCHES = (
     Patch(
-        name="shared-memory-names",
+        name="shared-memory-names-executor",
         target=READY,
-        what="MessageQueue.wait_until_ready also unlinks the writer's memory, which all readers have mapped.",
-        why="vLLM unlinks it when the queue is collected. A killed rank, or an engine that takes too long to end and "
-        "is killed with Python's resource tracker, leaves up to 240 MiB in /dev/shm, until an engine finds no space.",
+        what="MultiprocExecutor and RayExecutorV2, ready, unlink the memory of a TwoTower engine's queue.",
+        why=WHY,
         upstream="not reported",
-        remove_when="vLLM's message queues leave nothing in /dev/shm when their processes are killed",
+        remove_when=REMOVE_WHEN,
         applies_when=everywhere,
         sources=(
             READY,
-            f"{QUEUES}:MessageQueue.create_from_handle",
-            f"{QUEUES}:ShmRingBuffer.__init__",
-            f"{QUEUES}:ShmRingBuffer.__del__",
+            f"{EXECUTOR}:MultiprocExecutor._init_executor",
+            f"{RAY}:RayExecutorV2._init_executor",
+            *QUEUE_SOURCES,
         ),
-        source_sha256=dict.fromkeys(
-            ("0.32.0", "0.33.0"), "87a0cee33b9a1ef352ea7f5bebdbf7c3e3177549261bbf224a4e8cb310736eda"
-        ),
+        source_sha256={
+            "0.32.0": "c90c453ba7699b0bd307567d465dd98b7ae028ad8c6146447f25bc644e6d42c6",
+            "0.33.0": "585c22c1c4bc086e3dd32f777cb1d9064bfb90e1eef83a6e94dfa3b2d25d9efd",
+        },
         install=install_unlinking,
     ),
 )

@@ -10,6 +10,7 @@ import inspect
 import pkgutil
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,8 @@ import pytest
 pytest.importorskip("vllm")
 
 from packaging.version import Version
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.version import __version__ as VLLM_VERSION
 
 import vllm_twotower
@@ -255,7 +258,7 @@ def test_no_cpu_kernel_where_triton_works(monkeypatch):
         "open-requests-of-a-server",
         "open-requests-offline",
         "request-errors",
-        "shared-memory-names",
+        "shared-memory-names-executor",
         "beam-search",
         *(["embedding-mask"] if registry.runs_on_cpu() else ()),
     }
@@ -335,6 +338,43 @@ def test_two_tower_requests_are_checked_by_our_rules(monkeypatch):
 
 
 each_model = pytest.mark.parametrize("model", [TWO_TOWER, OTHER_MODEL], ids=["ours", "other"])
+
+
+def small_queue() -> MessageQueue:
+    return MessageQueue(1, 1, max_chunk_bytes=1024, max_chunks=1)
+
+
+def name_of(queue: MessageQueue) -> Path:
+    return Path("/dev/shm") / queue.buffer.shared_memory.name
+
+
+@each_model
+@pytest.mark.usefixtures("uninstalled")
+def test_only_a_two_tower_executors_queue_loses_its_name(model: SimpleNamespace):
+    patches.install_start_patches()
+    queue = small_queue()
+    assert name_of(queue).exists()
+    config = SimpleNamespace(model_config=model)
+    MultiprocExecutor._post_init_executor(SimpleNamespace(vllm_config=config, rpc_broadcast_mq=queue))
+    assert name_of(queue).exists() is (model is OTHER_MODEL)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.usefixtures("uninstalled")
+def test_only_a_ranks_queue_loses_its_name(monkeypatch, ranks: int):
+    """Its process serves no other model."""
+    monkeypatch.setattr("vllm.distributed.model_parallel_is_initialized", lambda: True)
+    monkeypatch.setattr("vllm.distributed.get_tp_group", lambda: SimpleNamespace(world_size=ranks))
+    patches.install_start_patches()
+    patches.install_worker_patches()
+    queue = small_queue()
+    reader = MessageQueue.create_from_handle(queue.export_handle(), 0)
+    with ThreadPoolExecutor(1) as pool:
+        ready = pool.submit(reader.wait_until_ready)
+        assert name_of(queue).exists()
+        queue.wait_until_ready()
+        ready.result()
+    assert name_of(queue).exists() is (ranks == 1)
 
 
 @each_model

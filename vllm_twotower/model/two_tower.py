@@ -23,7 +23,7 @@ from vllm_twotower.config import EngineOptions
 
 from .context import context_tower
 from .denoiser import CONTEXT_PREFIX, DENOISER_PREFIX, CanvasRows, DenoiserTower
-from .shared_memory import remove_segment_name
+from .shared_memory import remove_group_names
 from .step_logits import OutputHead, StepLogits, logit_rows_per_tile
 from .time_conditioning import TimeConditioning
 
@@ -76,7 +76,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
-        remove_segment_name()
+        remove_group_names()
         gc.freeze()  # as vLLM does after the start; until then it collects among all that is imported, four times over
         config = vllm_config.model_config.hf_config
         self.config, quant_config = config, vllm_config.quant_config
