@@ -48,6 +48,7 @@ BAD_FIELDS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("repetition_penalty", 0, ("repetition_penalty", "0.0")),
     ("min_tokens", 49, ("min_tokens", "49", "48")),
     ("bad_words", [" "], ("bad_words", "[' ']")),
+    ("bad_words", [f"a{i}" for i in range(129)], ("bad words", "128")),
     ("allowed_token_ids", [], ("allowed_token_ids", "[]")),
     ("allowed_token_ids", [320], ("allowed_token_ids", "[320]")),
     ("allowed_token_ids", [3, 3], ("allowed_token_ids", "[3, 3]", "mask token")),

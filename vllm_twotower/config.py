@@ -310,6 +310,10 @@ def validate_sampling_params(params: SamplingParams, model_config: ModelConfig) 
         for name, modes, is_set, reason in _REFUSED:
             if options.mode in modes and is_set(params):
                 raise RequestError(name, getattr(params, name), reason)
+        if model_config.skip_tokenizer_init:
+            for name in ("stop", "bad_words"):
+                if value := getattr(params, name):
+                    raise RequestError(name, value, "needs a tokenizer, which skip_tokenizer_init leaves out")
         if options.fills_blocks and set(params.allowed_token_ids or ()) == {engine.mask_token_id}:
             raise RequestError("allowed_token_ids", params.allowed_token_ids, "the mask token alone fills no block")
         _check_encodable(params)

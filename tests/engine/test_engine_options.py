@@ -38,6 +38,7 @@ from vllm.config.diffusion import DiffusionConfig
 from vllm.config.mamba import MambaConfig
 from vllm.config.structured_outputs import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_twotower.config import EngineOptions
@@ -159,7 +160,7 @@ def test_tokens_are_the_oracles_with_all_options_at_once(engine: int) -> None:
 def test_priorities_without_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """With few pages the least urgent requests give way, in the middle of a block, and go on as if nothing was.
 
-    Prompts and answers are token ids.
+    Prompts and answers are token ids, and what needs a tokenizer is refused.
     """
     prompts = [draw_prompt(random.Random(i), (95, 120)) for i in range(12)]
     params = [SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)] * len(prompts)
@@ -177,6 +178,10 @@ def test_priorities_without_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None
         outputs = generate(llm, prompts, params, priority=priorities)
         for prompt, param, output in zip(prompts, params, outputs, strict=True):
             assert list(output.outputs[0].token_ids) == expected(model(), prompt, param).token_ids
+        grammar = StructuredOutputsParams(regex="a")
+        for name, value in {"stop": ["a"], "bad_words": ["a"], "structured_outputs": grammar}.items():
+            with pytest.raises((ValueError, VLLMValidationError), match="tokenizer"):
+                generate(llm, prompts[:1], [SamplingParams(**{name: value}, extra_args={"diffusion_mode": "ar"})])
         assert preempted
         assert all(priority >= others for priority, others in preempted)
         assert_idle(llm)

@@ -21,7 +21,7 @@ def resolve(additional_config: object = None, canvas_length: int = 16, steps: in
 
 
 def model_config(engine: EngineOptions = ENGINE) -> SimpleNamespace:
-    config = SimpleNamespace(hf_config=SimpleNamespace())
+    config = SimpleNamespace(hf_config=SimpleNamespace(), skip_tokenizer_init=False)
     engine.store(config)
     return config
 
