@@ -20,17 +20,6 @@ def ray_up(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
 
 
-def tls(folder: Path) -> dict[str, str]:
-    """Variables of a cluster that talks to holders of its certificate only, for Serve's replicas ask for no token."""
-    from ray._common.tls_utils import generate_self_signed_tls_certs
-
-    files = {"RAY_TLS_SERVER_CERT": folder / "certificate", "RAY_TLS_SERVER_KEY": folder / "key"}
-    for file, text in zip(files.values(), generate_self_signed_tls_certs(), strict=True):
-        file.write_text(text)
-    files["RAY_TLS_CA_CERT"] = files["RAY_TLS_SERVER_CERT"]
-    return {"RAY_USE_TLS": "1", **{name: str(file) for name, file in files.items()}}
-
-
 @contextmanager
 def running_cluster(ranks: int, **environment: str) -> Iterator[dict[str, str]]:
     """Environment variables of a server that is to use the cluster; ``environment`` are the cluster's own."""
