@@ -44,7 +44,7 @@ class Holder:
         return check(*ranks)
 
 group = ray.util.placement_group([{"GPU": 1, "CPU": 1}] * 2)
-ray.get(group.ready())
+ray.get(group.ready(), timeout=60)
 inside = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
 print(check(1))
 print(ray.get(ray.remote(check).options(num_gpus=0.001, scheduling_strategy=inside).remote(2, 3)))
@@ -96,7 +96,18 @@ def test_ray_data(cluster: dict[str, str], reference: Reference, tmp_path: Path)
     assert len(set(re.findall(r"pid=(\d+)\).* Elapsed time for batch", output))) == 2, output[-5000:]
 
 
-@pytest.fixture(scope="module")
+def test_groups(cluster: dict[str, str]) -> None:
+    """Outside of a group whose devices nobody uses, in a task of it, and in an actor that has taken one of them."""
+    refused = "tensor_parallel_size={} needs {} GPUs of the Ray {}, of which {} are free (of 2)"
+    outside, task, actor = (eval(line) for line in run(IN_GROUPS, cluster).splitlines() if line.startswith("["))
+    assert outside[0].startswith(refused.format(1, 1, "cluster", 0))
+    assert task[0] is None
+    assert task[1].startswith(refused.format(3, 3, "placement group", 2))
+    assert actor[0] is None
+    assert actor[1].startswith(refused.format(2, 2, "placement group", 1))
+
+
+@pytest.fixture(scope="class")
 def replicas(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`serve run` with the configuration that the documentation names, in fp32."""
     folder, port = tmp_path_factory.mktemp("serve"), free_port()
@@ -165,14 +176,3 @@ def run(program: str, environment: dict[str, str]) -> str:
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
     return result.stdout + result.stderr
-
-
-def test_groups(cluster: dict[str, str]) -> None:
-    """Outside of a group whose devices nobody uses, in a task of it, and in an actor that has taken one of them."""
-    refused = "tensor_parallel_size={} needs {} GPUs of the Ray {}, of which {} are free (of 2)"
-    outside, task, actor = (eval(line) for line in run(IN_GROUPS, cluster).splitlines() if line.startswith("["))
-    assert outside[0].startswith(refused.format(1, 1, "cluster", 0))
-    assert task[0] is None
-    assert task[1].startswith(refused.format(3, 3, "placement group", 2))
-    assert actor[0] is None
-    assert actor[1].startswith(refused.format(2, 2, "placement group", 1))
