@@ -69,8 +69,8 @@ serve: setup  ## serve the tiny model over HTTP (MODEL=, CONFIG=, THREADS=)
 	$(RUN) $(THREADING) vllm serve $(MODEL) --config $(CONFIG)
 
 # Engines of the tests run on one thread each, so files can take turns on two cores.
-test: setup  ## run the tests, unit tests first (ARGS="-k name", TEST_WORKERS=0 for one process)
-	$(RUN) python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
+test: setup  ## run the tests but slow ones (ARGS="-m slow": those; ARGS="-k name"; TEST_WORKERS=0: one process)
+	$(RUN) python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow' \
 		tests/unit tests/engine tests/distributed tests/server tests/gpu $(ARGS)
 
 BENCHMARKS := "throughput.py --reference" step_overhead.py latency.py memory.py cost_model.py

@@ -64,6 +64,7 @@ def test_killed_engine_of_a_batch() -> None:
     assert "EngineDeadError" in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 def test_rank_without_memory(tmp_path: Path) -> None:
     """An error in a rank whose results nobody reads; ranks that are bound to cores, as they are without settings."""
     words = "Rank 1 failed and ends, and the engine with it"

@@ -22,7 +22,7 @@ from vllm.tokenizers import get_tokenizer
 
 from vllm_twotower.reference import TwoTowerModel
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROWS = 64
 START_SECONDS = 600  # of ten processes that import vLLM
 IN_GROUPS = """

@@ -186,6 +186,7 @@ def test_an_exposed_cluster_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ray_cluster.cluster_processes(port) == []
 
 
+@pytest.mark.slow
 def test_killed_raylet(cluster: dict[str, str], tmp_path: Path) -> None:
     """Last, since the cluster does not survive it."""
     with over_ray(tmp_path / "log", cluster) as deployment, ends_in_errors(deployment, "raylet"):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 30
 TORCHRUN = [
@@ -62,7 +63,7 @@ def train(how: str, folder: Path, content: dict) -> dict[str, list[float]]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = (Path(content["run_dir"]) / "log.jsonl").read_text().splitlines()

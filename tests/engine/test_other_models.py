@@ -16,7 +16,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm.platforms import current_platform
 
-pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="compares vLLM's CPU platform with ours")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not current_platform.is_cpu(), reason="compares vLLM's CPU platform with ours"),
+]
 
 SCRIPT = Path(__file__).parents[1] / "plain_model.py"
 
