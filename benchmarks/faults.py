@@ -75,6 +75,7 @@ from deployments import (  # noqa: E402
     Deployment,
     complete,
     endless_request,
+    engine_of,
     over_processes,
     over_ray,
     runs,
@@ -136,12 +137,6 @@ class Fault:
     environment: dict[str, str] = field(default_factory=dict)
     survives: bool = False
     ends_cluster: bool = False
-
-
-def engine_of(deployment: Deployment) -> psutil.Process:
-    children = psutil.Process(deployment.server.process.pid).children()
-    [engine] = [process for process in children if "EngineCore" in " ".join(process.cmdline())]
-    return engine
 
 
 def raylet_of(deployment: Deployment) -> psutil.Process:

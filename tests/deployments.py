@@ -70,6 +70,13 @@ def over_processes(
         yield Deployment(server)
 
 
+def engine_of(deployment: Deployment) -> psutil.Process:
+    """The engine's own process."""
+    children = psutil.Process(deployment.server.process.pid).children()
+    [engine] = [process for process in children if "EngineCore" in " ".join(process.cmdline())]
+    return engine
+
+
 def port_of(cluster: dict[str, str]) -> int:
     return int(cluster["RAY_ADDRESS"].split(":")[1])
 

@@ -13,7 +13,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from deployments import FAULT_SECONDS, KILLED_RANK, TINY, complete, ends_in_errors, over_processes, runs
+from deployments import FAULT_SECONDS, KILLED_RANK, TINY, complete, ends_in_errors, engine_of, over_processes, runs
 from prometheus_client.parser import text_string_to_metric_families
 from serving import REPOSITORY, running_server, server_environment, wait_until
 from stuck_rank import STUCK_FILE, STUCK_RANK
@@ -55,6 +55,15 @@ def test_killed_api_server(tmp_path: Path) -> None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", deployment.server.port))
+
+
+def test_killed_engine_of_a_stopped_rank(tmp_path: Path) -> None:
+    """Nobody is left who would end a rank that hangs or is stopped."""
+    with over_processes(tmp_path / "log") as deployment:
+        processes = deployment.processes()
+        deployment.ranks()[1].suspend()
+        engine_of(deployment).kill()
+        wait_until(lambda: not any(map(runs, processes)), "all processes have ended", FAULT_SECONDS)
 
 
 def test_killed_engine_of_a_batch() -> None:

@@ -154,7 +154,14 @@ def test_every_module_registers_a_patch():
 
 RECORDED = {member for override in OVERRIDES for member in override.members}
 # What looks private and is the public interface of Python's named tuples, or belongs to another library.
-NOT_OF_VLLM = {"_asdict", "_exit", "_replace", "_is_amx_tile_supported", "_is_avx512_bf16_supported"}
+NOT_OF_VLLM = {
+    "_asdict",
+    "_exit",
+    "_replace",
+    "_prctl_pr_set_pdeathsig",
+    "_is_amx_tile_supported",
+    "_is_avx512_bf16_supported",
+}
 
 
 def our_modules() -> Iterator[str]:

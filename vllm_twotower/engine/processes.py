@@ -9,10 +9,13 @@ import signal
 import threading
 import time
 
+import torch.multiprocessing
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
+ENGINE = "EngineCore"
+"""How the names of vLLM's engine processes begin."""
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_SHUT_DOWN = 10.0
 
@@ -31,8 +34,22 @@ def end_engine_with_its_parent() -> None:
 
     vLLM's stays, with its ranks and the server's port, if the API server is killed.
     """
-    if multiprocessing.current_process().name.startswith("EngineCore"):
+    if multiprocessing.current_process().name.startswith(ENGINE):
         threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True, name="ParentMonitor").start()
+
+
+def end_rank_with_its_engine() -> None:
+    """If an engine's own process has started this rank, the system kills the rank when that process has ended.
+
+    vLLM's engine waits for its ranks before it ends, and kills those that hang or are stopped; a SIGTERM in this time
+    ends it before, and they stay. Other processes are left out: the system does this at the end of the thread that has
+    started the rank.
+    """
+    engine = multiprocessing.parent_process()
+    if engine is not None and engine.name.startswith(ENGINE):
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+        if os.getppid() != engine.pid:  # it has ended before
+            os._exit(1)
 
 
 def _end_after(parent: int) -> None:

@@ -14,6 +14,8 @@ from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from .processes import end_rank_with_its_engine
+
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
 else:
@@ -36,6 +38,7 @@ class RankWorker(Worker):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        end_rank_with_its_engine()
         self._shuts_down = threading.Event()
 
     def init_device(self) -> None:
