@@ -1,11 +1,10 @@
 """Answers for the requests of an engine that is shut down (upstream: vllm/v1/engine/async_llm.py, core_client.py)."""
 
-import functools
 import queue
 from collections.abc import Callable
 from typing import Any
 
-from vllm_twotower.patches.registry import Patch, everywhere, locate, replace, serves_two_tower
+from vllm_twotower.patches.registry import Patch, call_after, everywhere, serves_two_tower
 
 ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
 CLIENT = "vllm.v1.engine.core_client"
@@ -19,17 +18,12 @@ def install_after(target: str, answer: Callable[[Any, Exception], None]) -> None
     """
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    holder, name = locate(target)
-    upstream_shutdown = getattr(holder, name)
-
-    @functools.wraps(upstream_shutdown)
-    def shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
-        upstream_shutdown(self, *args, **kwargs)
-        config = getattr(self, "vllm_config", None)  # None if it failed to start
+    def answer_open_requests(client: Any) -> None:
+        config = getattr(client, "vllm_config", None)  # None if it failed to start
         if config is not None and serves_two_tower(config.model_config):
-            answer(self, EngineDeadError())
+            answer(client, EngineDeadError())
 
-    replace(target, shutdown)
+    call_after(target, answer_open_requests)
 
 
 def end_open_requests(engine: Any, error: Exception) -> None:

@@ -1,5 +1,6 @@
 """The record of one patch, and the two moments at which patches are installed."""
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -106,6 +107,20 @@ def replace(target: str, replacement: Any) -> None:
     """Set the attribute named by "module:attribute.path"."""
     holder, attribute = locate(target)
     setattr(holder, attribute, replacement)
+
+
+def call_after(target: str, after: Callable[[Any], None]) -> None:
+    """Have ``after`` called with the object whenever the method named by "module:attribute.path" has returned."""
+    holder, name = locate(target)
+    upstream = getattr(holder, name)
+
+    @functools.wraps(upstream)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = upstream(self, *args, **kwargs)
+        after(self)
+        return result
+
+    replace(target, method)
 
 
 def runs_on_cpu_without_triton() -> bool:

@@ -1,9 +1,8 @@
 """The executor's message queue without a name on disk (upstream: vllm/v1/executor/multiproc_executor.py)."""
 
-import functools
 from typing import Any
 
-from vllm_twotower.patches.registry import Patch, everywhere, locate, replace, serves_two_tower
+from vllm_twotower.patches.registry import Patch, call_after, everywhere, serves_two_tower
 
 EXECUTOR = "vllm.v1.executor.multiproc_executor"
 RAY = "vllm.v1.executor.ray_executor_v2"
@@ -24,18 +23,14 @@ REMOVE_WHEN = "vLLM's message queues leave nothing in /dev/shm when their proces
 
 def install_unlinking() -> None:
     """Take the memory of the executor's queue out of /dev/shm once every rank has mapped it."""
-    holder, name = locate(READY)
-    upstream_post_init = getattr(holder, name)
 
-    @functools.wraps(upstream_post_init)
-    def post_init_executor(self: Any) -> None:
-        upstream_post_init(self)
-        if serves_two_tower(self.vllm_config.model_config):
+    def remove_name(executor: Any) -> None:
+        if serves_two_tower(executor.vllm_config.model_config):
             from vllm_twotower.model.shared_memory import remove_queue_name
 
-            remove_queue_name(self.rpc_broadcast_mq)
+            remove_queue_name(executor.rpc_broadcast_mq)
 
-    replace(READY, post_init_executor)
+    call_after(READY, remove_name)
 
 
 PATCHES = (

@@ -1,9 +1,6 @@
 """A rank's message queue without a name on disk (upstream: vllm/distributed/device_communicators/shm_broadcast.py)."""
 
-import functools
-from typing import Any
-
-from vllm_twotower.patches.registry import Patch, locate, replace
+from vllm_twotower.patches.registry import Patch, call_after
 from vllm_twotower.patches.shared_memory_names import QUEUE_SOURCES, QUEUES, REMOVE_WHEN, WHY
 
 READY = f"{QUEUES}:MessageQueue.wait_until_ready"
@@ -16,15 +13,7 @@ def install_unlinking() -> None:
     """
     from vllm_twotower.model.shared_memory import remove_queue_name
 
-    holder, name = locate(READY)
-    upstream_ready = getattr(holder, name)
-
-    @functools.wraps(upstream_ready)
-    def wait_until_ready(self: Any) -> None:
-        upstream_ready(self)
-        remove_queue_name(self)
-
-    replace(READY, wait_until_ready)
+    call_after(READY, remove_queue_name)
 
 
 def in_one_of_several_ranks() -> bool:
