@@ -107,11 +107,11 @@ class Forked(psutil.Process):
 
 
 @contextmanager
-def forker() -> Iterator[Callable[[Sequence[str], Path, Mapping[str, str]], Forked]]:
-    """What starts servers quickly."""
+def forker(cluster: Mapping[str, str]) -> Iterator[Callable[[Sequence[str], Path, Mapping[str, str]], Forked]]:
+    """What starts servers quickly; Ray reads some of the cluster's variables when it is imported."""
     command = [sys.executable, __file__, FORKER]
     # The memory of a large request comes from the system, not from what a rank had before.
-    environment = server_environment() | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    environment = server_environment() | cluster | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -285,12 +285,14 @@ def run(args: argparse.Namespace, done: list[Outcome]) -> None:
     ]
     started = time.monotonic()
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        start = stack.enter_context(forker())
         cluster: dict[str, str] = {}
+        start = None
         clusters = stack.enter_context(ExitStack())
         for count, (fault, number) in enumerate(plan):
-            if args.executor == "ray" and not cluster:
-                cluster = clusters.enter_context(running_cluster(2))
+            if start is None:
+                if args.executor == "ray":
+                    cluster = clusters.enter_context(running_cluster(2))
+                start = clusters.enter_context(forker(cluster))
             signal_file = Path(folder) / f"wait{count}"
             os.environ[STUCK_FILE] = str(signal_file)
             environment = {**cluster, **fault.environment, STUCK_FILE: str(signal_file)}
@@ -308,7 +310,7 @@ def run(args: argparse.Namespace, done: list[Outcome]) -> None:
                 print(f"  {outcome}\n  log: {kept}", flush=True)
             if fault.ends_cluster:
                 clusters.close()
-                cluster = {}
+                start = None
             left = (time.monotonic() - started) / (count + 1) * (len(plan) - count - 1)
             figures = f"answered {outcome.answered} s, gone {outcome.gone} s"
             print(f"{fault.name} {number + 1}/{args.times}: {figures}; {left / 60:.0f} min left", flush=True)
