@@ -143,7 +143,7 @@ def traced(llm: LLM) -> Iterator[Trace]:
 
     def count(logits, input_batch):
         split = runner(llm).model_state._plan.split
-        busy = set(split.context.batch_rows) | set(split.canvas.batch_rows)
+        busy = set(split.context.batch_rows) | set(split.blocks.batch_rows)
         trace.partial += len(set(range(input_batch.num_reqs)) - busy)
         return call(sampler, logits, input_batch)
 

@@ -101,7 +101,7 @@ def expected(
     with torch.inference_mode():
         if options.mode == "mask_diffusion":
             return request.mask_diffusion()
-        return {"ar": request.ar, "mock_ar": request.mock_ar}[options.mode]()
+        return request.ar()
 
 
 @torch.inference_mode()
@@ -184,18 +184,6 @@ class _Request:
             output.append(self._next_token(logits, output))
             logits, state = self._advance([output[-1].id], state)
         return Expected(output, end[1], 0, 0)
-
-    def mock_ar(self) -> Expected:
-        """Next tokens from the denoiser, which runs on the last token alone, without time conditioning."""
-        output: list[Token] = []
-        last = self.prompt[-1]
-        state = self._advance(self.prompt[:-1], None)[1] if len(self.prompt) > 1 else None
-        while (end := self._end(output)) is None:
-            logits = self.model.denoiser_logits(self._tensor([last]), state, None)[-1].float()
-            output.append(self._next_token(logits, output))
-            state = self._advance([last], state)[1]
-            last = output[-1].id
-        return Expected(output, end[1], len(output), 0)
 
     def _tensor(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor(tokens, device=self.model.lm_head.weight.device)

@@ -79,7 +79,7 @@ def draw_request(rng: random.Random, max_tokens: int = 40) -> RandomRequest:
 
     It has a seed if it needs one, so that it has one right answer.
     """
-    mode = rng.choices(("mask_diffusion", "ar", "mock_ar"), (6, 2, 2))[0]
+    mode = rng.choices(("mask_diffusion", "ar"), (6, 4))[0]
     extra = draw_block_options(rng) if mode == "mask_diffusion" else {"diffusion_mode": mode}
     options: dict[str, Any] = {"extra_args": extra, "temperature": 0, **draw_rules(rng)}
     if rng.random() < 0.6:

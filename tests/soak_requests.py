@@ -136,4 +136,4 @@ def _make_structured(rng: random.Random, options: dict[str, Any]) -> None:
     for name in ("stop_token_ids", "ignore_eos", *NEEDS_TEXT, "allowed_token_ids"):
         options.pop(name, None)
     options["structured_outputs"] = rng.choice(GRAMMARS)
-    options["extra_args"] = {"diffusion_mode": rng.choice(("ar", "mock_ar", "auto"))}
+    options["extra_args"] = {"diffusion_mode": rng.choice(("ar", "auto"))}

@@ -24,15 +24,14 @@ ATTENTION_REASON = (
     f"{', '.join(ATTENTION_BACKENDS)}"
 )
 ADDITIONAL_CONFIG_KEY = "twotower"
-COMMIT_POLICIES = ("lazy", "grouped", "separate")
-MODES = ("mask_diffusion", "ar", "mock_ar", "auto")
+MODES = ("mask_diffusion", "ar", "auto")
 MAX_STEPS = 1024
 """The largest ``diffusion_max_steps``: the posterior strategy looks at all steps of a block at once."""
 FIRST_MODE = "twotower_first_mode"
 """The key in a request's ``extra_args`` by which the scheduler tells the worker how an ``auto`` request starts."""
 DEFAULT_STRATEGY = "confidence_unmasking"
 
-Mode = Literal["mask_diffusion", "ar", "mock_ar", "auto"]
+Mode = Literal["mask_diffusion", "ar", "auto"]
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,7 @@ class EngineOptions:
     """What holds for every request of an engine.
 
     ``canvas_length`` (S) tokens are denoised at once; a request may ask for fewer. ``max_denoising_steps`` is the
-    default of ``diffusion_max_steps``, the passes a block may take, not a bound. ``commit`` says when the context tower
-    reads a finished block: ``lazy`` in the step that starts the next one (the last block of a request is never
-    read), ``grouped`` like it, but blocks wait for others, so that not every step runs both towers, ``separate`` in a
-    step of its own, before the block is returned.
+    default of ``diffusion_max_steps``, the passes a block may take, not a bound.
     ``mode`` is the default of ``diffusion_mode``; with ``auto`` the engine chooses between ``ar`` and
     ``mask_diffusion`` block by block. ``denoise_steps_per_engine_step`` bounds the denoiser passes of one engine step;
     ``auto`` goes on while no request waits for the step's end. Beside blocks, prompts may take as many tokens of a step
@@ -58,7 +54,6 @@ class EngineOptions:
     confidence_threshold: float = 0.8
     mask_token_id: int = DEFAULT_MASK_TOKEN_ID
     mode: Mode = "mask_diffusion"
-    commit: str = "lazy"
     denoise_steps_per_engine_step: int | Literal["auto"] = "auto"
     prompt_tokens_beside_blocks: int = 64
     request_metrics: str = "none"
@@ -91,8 +86,7 @@ class EngineOptions:
         checks: dict[str, Callable[[str, Any], Any]] = {
             "confidence_threshold": _threshold,
             "mask_token_id": lambda name, value: _integer(name, value, 0, vocab_size - 1),
-            "mode": lambda name, value: _choice(name, value, MODES),
-            "commit": lambda name, value: _choice(name, value, COMMIT_POLICIES),
+            "mode": _mode,
             "denoise_steps_per_engine_step": _steps_or_auto,
             "prompt_tokens_beside_blocks": lambda name, value: _integer(name, value, 1, None),
         }
@@ -103,12 +97,15 @@ class EngineOptions:
         if mask_token_id is not None:
             chosen["mask_token_id"] = mask_token_id
         for name, value in given.items():
+            full_name = f"additional_config['{ADDITIONAL_CONFIG_KEY}'].{name}"
+            if name == "commit":
+                raise RequestError(full_name, value, _NO_COMMIT)
             if name not in checks:
                 raise ValueError(
                     f"unknown option {name!r} in additional_config['{ADDITIONAL_CONFIG_KEY}']; "
                     f"known are {', '.join(checks)}"
                 )
-            chosen[name] = checks[name](f"additional_config['{ADDITIONAL_CONFIG_KEY}'].{name}", value)
+            chosen[name] = checks[name](full_name, value)
         steps = canvas_length if max_denoising_steps is None else max_denoising_steps
         _integer("diffusion_config.max_denoising_steps", steps, 1, MAX_STEPS)
         options = cls(
@@ -124,8 +121,6 @@ class EngineOptions:
 
     def check_auto(self, name: str) -> None:
         """Raises RequestError for the option ``name``, whose value is ``auto``, where that cannot work."""
-        if self.commit == "separate":
-            raise RequestError(name, "auto", "is not supported with commit='separate'; use commit 'lazy' or 'grouped'")
         if self.canvas_length == 1:
             raise RequestError(name, "auto", "is not supported with a canvas length of 1")
 
@@ -205,7 +200,7 @@ class RequestOptions:
                 given[unknown[0]],
                 f"unknown option in extra_args; known are {', '.join(_REQUEST_OPTIONS)}",
             )
-        mode = _choice("diffusion_mode", given.pop("diffusion_mode", engine.mode), MODES)
+        mode = _mode("diffusion_mode", given.pop("diffusion_mode", engine.mode))
         if mode == "auto":
             engine.check_auto("diffusion_mode")
         elif mode != "mask_diffusion":
@@ -242,6 +237,14 @@ _BLOCK_OPTIONS = {field.name: _PREFIX + field.name for field in fields(RequestOp
 _STRATEGY_OPTIONS = {"confidence_threshold", "noise_schedule", "adaptive_unmasking", "remasking"}
 
 
+# What became of options of earlier versions.
+_NO_COMMIT = (
+    "was removed: the context tower reads a finished block in the step that starts the next one; for fewer of its "
+    "passes set denoise_steps_per_engine_step to 2"
+)
+_NO_MOCK_AR = "was removed: compare towers with vllm_twotower.reference.generate_mock_ar"
+
+
 class RequestError(ValueError):
     """A request option that cannot be honoured: its name, its value, and why."""
 
@@ -254,6 +257,12 @@ def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
     if value not in allowed:
         raise RequestError(name, value, f"must be one of {', '.join(map(repr, allowed))}")
     return value
+
+
+def _mode(name: str, value: Any) -> Any:
+    if value == "mock_ar":
+        raise RequestError(name, value, _NO_MOCK_AR)
+    return _choice(name, value, MODES)
 
 
 def _integer(name: str, value: Any, low: int, high: int | None) -> int:

@@ -21,35 +21,30 @@ class Served:
     name: str
     llm: LLM
     is_default: bool
-    """Whether blocks are committed and denoised as by default."""
+    """Whether blocks are denoised as by default."""
 
 
-# When blocks are committed, and the denoiser passes of an engine step: each way on some checkpoint, the default on all.
-DEFAULT = ("lazy", "auto")
-CONFIGURATIONS = {
-    "A": [DEFAULT, ("separate", 1), ("grouped", 4)],
-    "B": [DEFAULT, ("separate", 16)],
-    "C": [DEFAULT, ("grouped", 1)],
-}
+# The denoiser passes of an engine step.
+DEFAULT = "auto"
+STEPS = {"A": [DEFAULT, 1, 4], "B": [DEFAULT, 16], "C": [DEFAULT, 1]}
 
 
 @pytest.fixture(
     scope="module",
-    params=[(name, *how) for name in golden_data.CHECKPOINTS for how in CONFIGURATIONS[name]],
+    params=[(name, steps) for name in golden_data.CHECKPOINTS for steps in STEPS[name]],
     ids=lambda param: "-".join(map(str, param)),
 )
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    name, commit, steps = request.param
-    options = {"commit": commit, "denoise_steps_per_engine_step": steps}
-    with running_engine(golden_data.checkpoint(name), options) as llm:
-        yield Served(name, llm, (commit, steps) == DEFAULT)
+    name, steps = request.param
+    with running_engine(golden_data.checkpoint(name), {"denoise_steps_per_engine_step": steps}) as llm:
+        yield Served(name, llm, steps == DEFAULT)
         assert_idle(llm)
 
 
-def autoregressive(mode: str, **overrides: Any) -> SamplingParams:
-    """The golden records' settings of the modes without blocks."""
+def autoregressive(**overrides: Any) -> SamplingParams:
+    """The golden records' settings of autoregressive requests."""
     return SamplingParams(
-        temperature=0, max_tokens=32, ignore_eos=True, extra_args={"diffusion_mode": mode}, **overrides
+        temperature=0, max_tokens=32, ignore_eos=True, extra_args={"diffusion_mode": "ar"}, **overrides
     )
 
 
@@ -66,7 +61,7 @@ def test_small_tiles_of_logits(served: Served, monkeypatch: pytest.MonkeyPatch) 
     runs = golden_data.diffusion_runs(served.name)
     assert run_all(served.llm, runs) == [run.tokens for run in runs]
     prompts = golden_data.prompts(served.name)
-    outputs = generate(served.llm, [prompt["ids"] for prompt in prompts] * 4, [autoregressive("ar")] * 4 * len(prompts))
+    outputs = generate(served.llm, [prompt["ids"] for prompt in prompts] * 4, [autoregressive()] * 4 * len(prompts))
     assert tokens_of(outputs) == [tuple(prompt["ar"]["new_ids"]) for prompt in prompts] * 4
     assert 16 < max(heads) <= 33
 
@@ -98,14 +93,13 @@ def test_alone_with_every_step(served: Served) -> None:
     assert compared > 60
 
 
-@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
-def test_autoregressive(served: Served, mode: str) -> None:
+def test_autoregressive(served: Served) -> None:
     prompts = golden_data.prompts(served.name)
-    outputs = generate(served.llm, [prompt["ids"] for prompt in prompts], [autoregressive(mode)] * len(prompts))
-    assert tokens_of(outputs) == [tuple(prompt[mode]["new_ids"]) for prompt in prompts]
+    outputs = generate(served.llm, [prompt["ids"] for prompt in prompts], [autoregressive()] * len(prompts))
+    assert tokens_of(outputs) == [tuple(prompt["ar"]["new_ids"]) for prompt in prompts]
     for prompt in prompts if served.is_default else ():  # alone
-        outputs = generate(served.llm, [prompt["ids"]], [autoregressive(mode)])
-        assert tokens_of(outputs) == [tuple(prompt[mode]["new_ids"])]
+        outputs = generate(served.llm, [prompt["ids"]], [autoregressive()])
+        assert tokens_of(outputs) == [tuple(prompt["ar"]["new_ids"])]
 
 
 def test_modes_mixed_in_one_batch(served: Served) -> None:
@@ -118,11 +112,11 @@ def test_modes_mixed_in_one_batch(served: Served) -> None:
         expected.append(run.tokens)
     for prompt in golden_data.prompts(served.name):
         for record in prompt.get("eos_runs", ()):
-            if record["mode"] != "mask_diffusion":
+            if record["mode"] == "ar":
                 prompts.append(prompt["ids"])
-                params.append(autoregressive(record["mode"], stop_token_ids=[record["eos_token_id"]]))
+                params.append(autoregressive(stop_token_ids=[record["eos_token_id"]]))
                 expected.append(tuple(record["new_ids"]))
-    assert {param.extra_args.get("diffusion_mode") for param in params} == {None, "ar", "mock_ar"}
+    assert {param.extra_args.get("diffusion_mode") for param in params} == {None, "ar"}
     order = list(range(len(prompts)))
     random.Random(1).shuffle(order)
     outputs = generate(served.llm, [prompts[i] for i in order], [params[i] for i in order])

@@ -140,7 +140,7 @@ def counted(llm: LLM) -> Iterator[Counted]:
         split = state._plan.split
         result.ran["context passes"] += len(split.context)
         denoised(split.blocks)
-        result.ran["idle rows"] += input_batch.num_reqs - len({*split.context.batch_rows, *split.canvas.batch_rows})
+        result.ran["idle rows"] += input_batch.num_reqs - len({*split.context.batch_rows, *split.blocks.batch_rows})
         return metadata
 
     def record_again(blocks: Any, changed: bool) -> Any:
@@ -163,19 +163,13 @@ def run(llm: LLM, tasks: Sequence[Task]) -> list[RequestOutput]:
     return outputs
 
 
-@dataclass
-class Served:
-    llm: LLM
-    commit: str
-
-
-@pytest.fixture(scope="module", params=["lazy", "grouped", "separate"])
-def served(request: pytest.FixtureRequest) -> Iterator[Served]:
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
     """Little room in a step; commits stop at the ends of pages."""
     tight = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "long_prefill_token_threshold": 50}
     tight["prefix_cache_retention_interval"] = PAGE
-    with running_engine(CHECKPOINT, {"commit": request.param}, **tight, **STATISTICS) as llm:
-        yield Served(llm, request.param)
+    with running_engine(CHECKPOINT, **tight, **STATISTICS) as llm:
+        yield llm
         assert_idle(llm)
 
 
@@ -192,31 +186,31 @@ BATCH = [
 ]
 
 
-def test_one_request(served: Served) -> None:
+def test_one_request(llm: LLM) -> None:
     task = Task((5, 6, 7), 40)
-    with counted(served.llm) as count:
-        run(served.llm, [task])
+    with counted(llm) as count:
+        run(llm, [task])
     count.check_blocks([task])
     count.check_passes([task])
     count.check_worker()
     assert count.grew[COMMITTED_TOKENS] == 48
-    assert count.grew[CONTEXT_PASSES] == 1 + (3 if served.commit == "separate" else 2)
+    assert count.grew[CONTEXT_PASSES] == 1 + 2
 
 
-def test_batch(served: Served) -> None:
-    with counted(served.llm) as count:
-        run(served.llm, BATCH)
+def test_batch(llm: LLM) -> None:
+    with counted(llm) as count:
+        run(llm, BATCH)
     count.check_blocks(BATCH)
     count.check_passes(BATCH)
     count.check_worker()
 
 
-def test_long_prompts(served: Served) -> None:
+def test_long_prompts(llm: LLM) -> None:
     """They leave room for every canvas, and a block is never scheduled in part."""
     tasks = [Task(random_prompt(length), 40) for length in (400, 17, 9, 300, 1, 2)]
-    with counted(served.llm) as count:
-        outputs = run(served.llm, tasks)
-    assert count.ran["idle rows"] == 0 or served.commit == "grouped"
+    with counted(llm) as count:
+        outputs = run(llm, tasks)
+    assert count.ran["idle rows"] == 0
     assert count.ran["further passes"] > 0
     count.check_blocks(tasks)
     count.check_passes(tasks)
@@ -226,55 +220,52 @@ def test_long_prompts(served: Served) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
-def test_forced_blocks(served: Served, steps: int) -> None:
+def test_forced_blocks(llm: LLM, steps: int) -> None:
     """With threshold 1 each block takes all its steps, with a low one only some do."""
     strict = Task(random_prompt(9), 64, steps=steps, threshold=1.0)
-    with counted(served.llm) as count:
-        run(served.llm, [strict])
+    with counted(llm) as count:
+        run(llm, [strict])
     count.check_blocks([strict])
     assert count.grew[FORCED_BLOCKS] == count.grew[BLOCKS] == 4
 
     mild = [Task(random_prompt(9, seed), 64, steps=steps, threshold=0.2) for seed in range(6)]
-    with counted(served.llm) as count:
-        run(served.llm, mild)
+    with counted(llm) as count:
+        run(llm, mild)
     count.check_blocks(mild)
 
 
 @pytest.mark.parametrize("length", [1, 2, 40, 64, 65, 129])
-@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
-def test_autoregressive(served: Served, mode: str, length: int) -> None:
-    """Alone, a prompt is read in chunks of 64 tokens. The denoiser of mock_ar is not denoising a block."""
-    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=10, extra_args={"diffusion_mode": mode})
-    served.llm.reset_prefix_cache()
-    with counted(served.llm) as count:
-        [output] = generate(served.llm, [random_prompt(length)], [params])
+def test_autoregressive(llm: LLM, length: int) -> None:
+    """Alone, a prompt is read in chunks of 64 tokens."""
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=10, extra_args={"diffusion_mode": "ar"})
+    llm.reset_prefix_cache()
+    with counted(llm) as count:
+        [output] = generate(llm, [random_prompt(length)], [params])
     assert len(output.outputs[0].token_ids) == 10
     assert output.outputs[0].spec_decode_metrics is None
-    read = length if mode == "ar" else length - 1
-    assert count.grew[CONTEXT_PASSES] == count.ran["context passes"] == -(-read // 64) + 9
+    assert count.grew[CONTEXT_PASSES] == count.ran["context passes"] == -(-length // 64) + 9
     assert not any(value for name, value in count.grew.items() if name != CONTEXT_PASSES)
 
 
-def test_mixed_modes(served: Served) -> None:
+def test_mixed_modes(llm: LLM) -> None:
     params = [task.params() for task in BATCH]
     prompts = [task.prompt for task in BATCH]
-    for mode in ("ar", "mock_ar"):
-        for length in (1, 90, 3):
-            prompts.append(random_prompt(length))
-            params.append(
-                SamplingParams(temperature=0, ignore_eos=True, max_tokens=30, extra_args={"diffusion_mode": mode})
-            )
+    for length in (1, 90, 3):
+        prompts.append(random_prompt(length))
+        params.append(
+            SamplingParams(temperature=0, ignore_eos=True, max_tokens=30, extra_args={"diffusion_mode": "ar"})
+        )
     order = random.Random(0).sample(range(len(prompts)), len(prompts))
-    with counted(served.llm) as count:
-        generate(served.llm, [prompts[i] for i in order], [params[i] for i in order])
+    with counted(llm) as count:
+        generate(llm, [prompts[i] for i in order], [params[i] for i in order])
     count.check_blocks(BATCH)
     count.check_passes(BATCH)
     count.check_worker()
 
 
-def test_per_request(served: Served) -> None:
+def test_per_request(llm: LLM) -> None:
     """NFE, tokens of whole blocks, and the ordered passes."""
-    for task, output in zip(BATCH, run(served.llm, BATCH), strict=True):
+    for task, output in zip(BATCH, run(llm, BATCH), strict=True):
         metrics, expected = output.outputs[0].spec_decode_metrics, task.expected()
         accepted = [tokens for block in expected.blocks for tokens in [0] * (len(block) - 1) + [task.width]]
         assert metrics.per_step_accepted == accepted
@@ -286,30 +277,30 @@ def test_per_request(served: Served) -> None:
         assert over_http["num_draft_tokens"] == task.width * expected.nfe
 
 
-def test_every_completion_of_a_request_has_its_own(served: Served) -> None:
+def test_every_completion_of_a_request_has_its_own(llm: LLM) -> None:
     params = SamplingParams(temperature=1.0, seed=1, n=3, max_tokens=32, ignore_eos=True)
-    with counted(served.llm) as count:
-        [output] = generate(served.llm, [random_prompt(4)], [params])
+    with counted(llm) as count:
+        [output] = generate(llm, [random_prompt(4)], [params])
     passes = [sum(completion.spec_decode_metrics.histogram) for completion in output.outputs]
     assert sum(passes) == count.grew[DENOISING_STEPS]
     assert all(completion.spec_decode_metrics.histogram[16] == 2 for completion in output.outputs)
 
 
-def test_prompt_logprobs_come_with_the_first_block(served: Served) -> None:
+def test_prompt_logprobs_come_with_the_first_block(llm: LLM) -> None:
     prompt = random_prompt(70)
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=20, prompt_logprobs=1)
-    [output] = generate(served.llm, [prompt], [params])
+    [output] = generate(llm, [prompt], [params])
     assert output.prompt_logprobs[0] is None
     assert all(token in scores for token, scores in zip(prompt[1:], output.prompt_logprobs[1:], strict=True))
-    scheduler = core(served.llm).scheduler
+    scheduler = core(llm).scheduler
     assert not scheduler._held_scores
 
 
-def test_aborted_requests(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aborted_requests(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Aborts between steps and, as clients of a server do it, while a step runs: its rows were run and are counted."""
-    engine, engine_core = served.llm.llm_engine, core(served.llm)
+    engine, engine_core = llm.llm_engine, core(llm)
     scheduler = engine_core.scheduler
-    with counted(served.llm) as count:
+    with counted(llm) as count:
         for i in range(12):
             mode = ("mask_diffusion", "mask_diffusion", "ar")[i % 3]
             params = SamplingParams(
@@ -338,10 +329,10 @@ def test_aborted_requests(served: Served, monkeypatch: pytest.MonkeyPatch) -> No
         engine.step()  # the worker forgets the last one
     count.check_worker()
     assert not scheduler._held_scores
-    run(served.llm, BATCH[:1])
+    run(llm, BATCH[:1])
 
 
-def test_documented(served: Served) -> None:
+def test_documented(llm: LLM) -> None:
     """docs/metrics.md lists every metric with its type and the words of the code."""
     rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in DOCS.read_text().splitlines()]
     documented = {row[0]: (row[1], row[3]) for row in rows if len(row) == 4 and row[0].startswith("vllm:")}
@@ -354,13 +345,12 @@ def test_documented(served: Served) -> None:
     assert documented == registered
 
 
-@pytest.mark.parametrize("commit", ["lazy", "separate"])
-def test_preemption(commit: str) -> None:
+def test_preemption() -> None:
     """A request that is thrown out starts its block again; the passes it had were passes, but are in no block."""
     page = 64 << 10  # 128 tokens of keys and values, or one state, of this checkpoint
     few_pages = {"max_model_len": 256, "kv_cache_memory_bytes": 12 * page}
     tasks = [Task(random_prompt(95 + 3 * i, i), 60) for i in range(8)]
-    one_pass = {"commit": commit, "denoise_steps_per_engine_step": 1}  # so that steps end within blocks
+    one_pass = {"denoise_steps_per_engine_step": 1}  # so that steps end within blocks
     with running_engine(CHECKPOINT, one_pass, **few_pages, **STATISTICS) as llm:
         with counted(llm) as count:
             outputs = run(llm, tasks)
@@ -371,9 +361,8 @@ def test_preemption(commit: str) -> None:
         assert_idle(llm)
 
 
-@pytest.mark.parametrize("commit", ["lazy", "separate"])
-def test_max_model_len_cuts_the_last_canvas(commit: str) -> None:
-    with running_engine(CHECKPOINT, {"commit": commit}, max_model_len=64, **STATISTICS) as llm, counted(llm) as count:
+def test_max_model_len_cuts_the_last_canvas() -> None:
+    with running_engine(CHECKPOINT, max_model_len=64, **STATISTICS) as llm, counted(llm) as count:
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=100)
         generate(llm, [random_prompt(length) for length in (17, 31, 32, 48, 63)], [params] * 5)
     count.check_worker()

@@ -14,9 +14,9 @@ import pytest
 from engines import assert_idle, core, generate, running_engine, tokens_of
 from vllm import LLM, SamplingParams
 
-from vllm_twotower.reference import TwoTowerModel, generate_ar, generate_mask_diffusion, generate_mock_ar
+from vllm_twotower.reference import TwoTowerModel, generate_ar, generate_mask_diffusion
 
-MODES = ("mask_diffusion", "ar", "mock_ar")
+MODES = ("mask_diffusion", "ar")
 PAGE = 128
 """Tokens of a page of checkpoint A in fp32."""
 PAGE_BYTES = 64 << 10
@@ -60,8 +60,7 @@ def reference(task: Task) -> Prompt:
     if task.mode == "mask_diffusion":
         result = generate_mask_diffusion(model, task.prompt, task.max_tokens, block_size=task.width)
     else:
-        run = generate_ar if task.mode == "ar" else generate_mock_ar
-        result = run(model, task.prompt, task.max_tokens)
+        result = generate_ar(model, task.prompt, task.max_tokens)
     return tuple(result.tokens)
 
 
@@ -79,7 +78,6 @@ def whole_pages(num_tokens: int) -> int:
 @dataclass
 class Served:
     llm: LLM
-    commit: str
     retains: bool
     """Whether states of generated text are cached."""
 
@@ -89,23 +87,19 @@ class Served:
             return whole_pages(len(task.prompt) - 1)
         total = len(task.prompt) + task.max_tokens
         if task.mode != "mask_diffusion":
-            return whole_pages(total - (1 if task.mode == "ar" else 2))
+            return whole_pages(total - 1)
         end = len(task.prompt) + -(-task.max_tokens // task.width) * task.width
-        return whole_pages(total if self.commit == "separate" else end - task.width)
+        return whole_pages(end - task.width)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[("lazy", 0), ("lazy", PAGE), ("grouped", PAGE), ("separate", PAGE)],
-    ids=["lazy-prompts", "lazy-all", "grouped-all", "separate-all"],
-)
+@pytest.fixture(scope="module", params=[0, PAGE], ids=["prompts", "all"])
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     """Prefix caching is on by default; then of prompts, or of generated text too."""
-    commit, interval = request.param
+    interval = request.param
     options = {"prefix_cache_retention_interval": interval} if interval else {}
-    with running_engine(golden_data.checkpoint("A"), {"commit": commit}, **options) as llm:
+    with running_engine(golden_data.checkpoint("A"), **options) as llm:
         assert core(llm).scheduler.block_size == PAGE
-        yield Served(llm, commit, bool(interval))
+        yield Served(llm, bool(interval))
         assert_idle(llm)
 
 
@@ -131,7 +125,7 @@ def test_shared_prefixes(empty: Served) -> None:
     assert sum(run(empty.llm, longer)) >= sum(whole_pages(len(task.prompt) - 1) for task in tasks)
 
 
-@pytest.mark.parametrize("mode", MODES[:2])
+@pytest.mark.parametrize("mode", MODES)
 def test_requests_that_come_together_share(empty: Served, mode: str) -> None:
     """The first one's prompt is found in the step after it is read, before any other is."""
     task = Task(random_prompt(PAGE + 20, 2), 20, mode)
@@ -164,12 +158,10 @@ def test_around_the_end_of_a_page(empty: Served, mode: str) -> None:
 
 @pytest.mark.parametrize("last", ["ends the page", "lies across its end"])
 def test_a_block_that_was_not_read_is_not_found(empty: Served, last: str) -> None:
-    """Nobody reads the last block, unless it is committed before it is returned: its tokens must not be served."""
+    """Nobody reads the last block: its tokens must not be served."""
     task = Task(random_prompt(2 * PAGE - (48 if last == "ends the page" else 40), 5), 48)
     assert run(empty.llm, [task]) == [0]
-    found = 2 * PAGE if empty.commit == "separate" else PAGE
-    if not empty.retains:
-        found = PAGE
+    found = PAGE
     assert empty.found_after(task) == found
     for more in (1, 30):
         again = Task(task.prompt + task.tokens + random_prompt(more, more), 20)
@@ -217,14 +209,12 @@ def test_prompt_logprobs_read_the_whole_prompt(empty: Served) -> None:
     assert run(empty.llm, [task]) == [2 * PAGE]
 
 
-@pytest.mark.parametrize("commit", ["lazy", "separate"])
-def test_preemption_and_eviction(commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preemption_and_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
     """With few pages and priorities, requests are thrown out in any step, resumed from their own pages, and what
     finished ones left is evicted."""
     options = {"max_num_batched_tokens": 192, "max_model_len": 512, "kv_cache_memory_bytes": 28 * PAGE_BYTES}
     with running_engine(
         golden_data.checkpoint("A"),
-        {"commit": commit},
         prefix_cache_retention_interval=PAGE,
         scheduling_policy="priority",
         **options,
@@ -248,9 +238,7 @@ def test_preemption_and_eviction(commit: str, monkeypatch: pytest.MonkeyPatch) -
         stems = [random_prompt(length, length) for length in (100, 180, 250)]
         tasks = [
             Task(stem + random_prompt(tail, tail), 70, mode)
-            for (stem, tail), mode in zip(
-                itertools.product(stems, (0, 20, 33)), itertools.cycle(MODES[:2]), strict=False
-            )
+            for (stem, tail), mode in zip(itertools.product(stems, (0, 20, 33)), itertools.cycle(MODES), strict=False)
         ]
         for turn in range(2):
             order = random.Random(turn).sample(range(len(tasks)), len(tasks))

@@ -39,7 +39,7 @@ def config(**options: Any):
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             ("speculative_config='ngram'",),
         ),
-        ({"additional_config": {"twotower": {"commit": "x"}}}, ("commit='x'", "lazy", "separate")),
+        ({"additional_config": {"twotower": {"commit": "lazy"}}}, ("commit='lazy'", "removed")),
         ({"additional_config": {"twotower": {"confidence_threshold": 0}}}, ("confidence_threshold=0",)),
         ({"additional_config": {"twotower": {"threshold": 0.5}}}, ("'threshold'", "confidence_threshold")),
         ({"diffusion_config": {"canvas_length": 16, "max_denoising_steps": 0}}, ("max_denoising_steps=0", "1024")),

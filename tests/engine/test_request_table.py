@@ -29,7 +29,7 @@ from vllm_twotower.config import RequestOptions
 DOCUMENT = Path(__file__).parents[2] / "docs" / "requests.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 PROMPT = [5, 60, 7, 200, 31]
-BLOCKS, AUTOREGRESSIVE = ("mask_diffusion",), ("ar", "mock_ar")
+BLOCKS, AUTOREGRESSIVE = ("mask_diffusion",), ("ar",)
 MODES = BLOCKS + AUTOREGRESSIVE
 """Not ``auto``, whose requests go through these modes."""
 
@@ -292,7 +292,7 @@ ELSEWHERE = {
 
 
 def table() -> str:
-    rows = [["option", "`mask_diffusion`", "`ar`, `mock_ar`", "meaning in a block"], ["---"] * 4]
+    rows = [["option", "`mask_diffusion`", "`ar`", "meaning in a block"], ["---"] * 4]
     rows += [option.cells() for option in OPTIONS]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 

@@ -64,7 +64,7 @@ def test_every_option_equals_the_oracle(llm: LLM, together: list[RequestOutput])
             assert_prompt_logprobs(output, request.prompt)
         modes.add(request.mode)
         asked |= request.options.keys()
-    assert modes == {"mask_diffusion", "ar", "mock_ar"}
+    assert modes == {"mask_diffusion", "ar"}
     assert asked >= {"logprobs", "prompt_logprobs", "bad_words", "logit_bias", "allowed_token_ids", "min_tokens"}
 
 
@@ -235,7 +235,7 @@ def test_nothing_is_sent_for_requests_that_ask_for_nothing(llm: LLM, monkeypatch
 
 
 def test_grammars_beside_other_requests(llm: LLM) -> None:
-    """Requests of both autoregressive modes with a grammar and without, and blocks: each follows its own rules."""
+    """Autoregressive requests with a grammar and without, and blocks: each follows its own rules."""
     prompts = [[5, 6, 7 + i] for i in range(12)]
     params = [
         SamplingParams(
@@ -243,7 +243,7 @@ def test_grammars_beside_other_requests(llm: LLM) -> None:
             max_tokens=20,
             ignore_eos=i % 3 == 0,
             structured_outputs=None if i % 3 == 0 else StructuredOutputsParams(regex=f"[a-c]{{{i}}}[0-9]"),
-            extra_args={"diffusion_mode": ("ar", "mock_ar")[i % 2] if i < 10 or i % 3 else "mask_diffusion"},
+            extra_args={"diffusion_mode": "ar" if i < 10 or i % 3 else "mask_diffusion"},
         )
         for i in range(12)
     ]

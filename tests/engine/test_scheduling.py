@@ -36,12 +36,11 @@ def params(max_tokens: int, mode: str = "mask_diffusion") -> SamplingParams:
     return SamplingParams(**GREEDY, max_tokens=max_tokens, extra_args={"diffusion_mode": mode})
 
 
-@pytest.fixture(scope="module", params=["lazy", "grouped", "separate"])
-def tight(request: pytest.FixtureRequest) -> Iterator[LLM]:
+@pytest.fixture(scope="module")
+def tight() -> Iterator[LLM]:
     """Prompts are read in chunks of at most 50 tokens, four requests run at once, and the canvases fill a step."""
     with running_engine(
         CHECKPOINT,
-        {"commit": request.param},
         max_num_seqs=4,
         max_num_batched_tokens=64,
         long_prefill_token_threshold=50,
@@ -100,11 +99,10 @@ def test_aborted_requests_leave_nothing(tight: LLM) -> None:
     assert_idle(tight)
 
 
-@pytest.mark.parametrize("commit", ["lazy", "separate"])
-def test_preemption(commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
     """With few pages requests are thrown out in the middle of a block and start it again."""
     page = 64 << 10  # 128 tokens of keys and values, or one state, of this checkpoint
-    with running_engine(CHECKPOINT, {"commit": commit}, max_model_len=256, kv_cache_memory_bytes=14 * page) as llm:
+    with running_engine(CHECKPOINT, max_model_len=256, kv_cache_memory_bytes=14 * page) as llm:
         scheduler, preempted = core(llm).scheduler, []
         preempt = scheduler._preempt_request
 
@@ -121,10 +119,9 @@ def test_preemption(commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert_idle(llm)
 
 
-@pytest.mark.parametrize("commit", ["lazy", "separate"])
-def test_max_model_len_cuts_the_last_canvas(commit: str) -> None:
+def test_max_model_len_cuts_the_last_canvas() -> None:
     """Near the limit a canvas is as wide as the room left, and the request ends at the limit."""
-    with running_engine(CHECKPOINT, {"commit": commit}, max_model_len=64) as llm:
+    with running_engine(CHECKPOINT, max_model_len=64) as llm:
         prompts = [tuple(random_prompt(length, 7)) for length in (17, 31, 32, 48, 63)]
         outputs = generate(llm, prompts, [params(100)] * len(prompts))
         for prompt, output in zip(prompts, outputs, strict=True):

@@ -23,21 +23,19 @@ def without_tf32() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-@pytest.mark.parametrize("commit", ["lazy", "separate"])
 @pytest.mark.parametrize("name", golden_data.CHECKPOINTS)
-def test_goldens_in_fp32(name: str, commit: str) -> None:
+def test_goldens_in_fp32(name: str) -> None:
     from engines import assert_idle, generate, run_all, running_engine, tokens_of
     from vllm import SamplingParams
 
     runs = golden_data.diffusion_runs(name) + golden_data.diffusion_runs(name, "eos_runs")
     prompts = golden_data.prompts(name)
-    with running_engine(golden_data.checkpoint(name), {"commit": commit}, **SHARED) as llm:
+    with running_engine(golden_data.checkpoint(name), **SHARED) as llm:
         assert run_all(llm, runs) == [run.tokens for run in runs]
         assert run_all(llm, runs[::5]) == [run.tokens for run in runs[::5]]
-        for mode in ("ar", "mock_ar"):
-            params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args={"diffusion_mode": mode})
-            outputs = generate(llm, [prompt["ids"] for prompt in prompts], [params] * len(prompts))
-            assert tokens_of(outputs) == [tuple(prompt[mode]["new_ids"]) for prompt in prompts]
+        params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args={"diffusion_mode": "ar"})
+        outputs = generate(llm, [prompt["ids"] for prompt in prompts], [params] * len(prompts))
+        assert tokens_of(outputs) == [tuple(prompt["ar"]["new_ids"]) for prompt in prompts]
         assert_idle(llm)
 
 
@@ -54,8 +52,7 @@ def test_bf16_runs(name: str) -> None:
         assert_idle(llm)
 
 
-@pytest.mark.parametrize("commit", ["lazy", "separate"])
-def test_every_option_equals_the_oracle(commit: str) -> None:
+def test_every_option_equals_the_oracle() -> None:
     """Random requests of all modes with all options, in one batch."""
     import random
 
@@ -66,7 +63,7 @@ def test_every_option_equals_the_oracle(commit: str) -> None:
 
     rng = random.Random(1)
     requests = [draw_request(rng) for _ in range(64)]
-    with running_engine(golden_data.checkpoint("A"), {"commit": commit}, max_num_seqs=64, **SHARED) as llm:
+    with running_engine(golden_data.checkpoint("A"), max_num_seqs=64, **SHARED) as llm:
         outputs = generate(llm, [request.prompt for request in requests], [request.params() for request in requests])
         for request, output in zip(requests, outputs, strict=True):
             want = expected(model(), request.prompt, request.params(llm.get_tokenizer()))

@@ -14,7 +14,7 @@ from serving import Server, token_request, wait_until
 
 from vllm_twotower.reference import TwoTowerModel, generate_mask_diffusion
 
-MODES = ("mask_diffusion", "ar", "mock_ar")
+MODES = ("mask_diffusion", "ar")
 SEATS = 32
 """Requests that the server runs at once."""
 RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
@@ -129,9 +129,8 @@ def assert_nothing_remains(server: Server, oracle: TwoTowerModel, log_start: int
 
     assert tokens(token_request([5, 6, 7], 20)) == generate_mask_diffusion(oracle, [5, 6, 7], 20).tokens
     golden = golden_data.prompts("A")[2]
-    for mode in ("ar", "mock_ar"):
-        run = golden[mode]
-        assert tokens(token_request(golden["ids"], run["max_new_tokens"], diffusion_mode=mode)) == run["new_ids"]
+    run = golden["ar"]
+    assert tokens(token_request(golden["ids"], run["max_new_tokens"], diffusion_mode="ar")) == run["new_ids"]
     wait_until(lambda: is_idle(server.metrics()), "no request running or waiting, no page in use")
     log = server.log_text()[log_start:]
     assert "Traceback" not in log
@@ -215,10 +214,9 @@ def test_after_a_random_number_of_chunks(server: Server, mode: str) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
-def test_while_the_grammar_is_being_made(server: Server, mode: str) -> None:
+def test_while_the_grammar_is_being_made(server: Server) -> None:
     """A choice of four hundred long sentences, new ones each time, takes a while; meanwhile its request waits."""
-    rng = random.Random(mode)
+    rng = random.Random(0)
 
     def ask() -> dict[str, Any]:
         sentences = ["".join(rng.choices("abcdefgh ", k=300)) for _ in range(400)]
@@ -227,7 +225,7 @@ def test_while_the_grammar_is_being_made(server: Server, mode: str) -> None:
             "max_tokens": 900,
             "structured_outputs": {"choice": sentences},
             "prompt_logprobs": 0,
-            "extra_args": {"diffusion_mode": mode},
+            "extra_args": {"diffusion_mode": "ar"},
         }
         return completion_arguments([5, 6, 7], options)
 

@@ -117,7 +117,7 @@ def test_chat_sampling_with_a_seed_repeats(tiny_server: Server, tiny_folder: Pat
     assert first == answers()
 
 
-def structured_answers(server: Server, mode: str, **fields: Any) -> list[str]:
+def structured_answers(server: Server, **fields: Any) -> list[str]:
     """Texts of a greedy chat and of five drawn ones, streamed or whole; all end by themselves."""
     texts = []
     extra = fields.pop("extra_body", {})
@@ -128,7 +128,7 @@ def structured_answers(server: Server, mode: str, **fields: Any) -> list[str]:
             "max_tokens": 200,
             "temperature": 1.5 if seed else 0,
             "seed": seed,
-            "extra_body": {**extra, "vllm_xargs": {"diffusion_mode": mode}},
+            "extra_body": {**extra, "vllm_xargs": {"diffusion_mode": "ar"}},
             **fields,
         }
         if seed % 2:
@@ -142,14 +142,13 @@ def structured_answers(server: Server, mode: str, **fields: Any) -> list[str]:
     return texts
 
 
-@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
-def test_json_schema(tiny_server: Server, tiny_folder: Path, mode: str) -> None:
+def test_json_schema(tiny_server: Server, tiny_folder: Path) -> None:
     """JSON may have any blanks between its tokens; a bias keeps this model from writing nothing else."""
     schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
     tokenizer = get_tokenizer(tiny_folder)
     blanks = [token for token in range(tokenizer.vocab_size) if tokenizer.decode([token]).isspace()]
     bias = {str(token): -100 for token in blanks}
-    for text in structured_answers(tiny_server, mode, response_format=schema, logit_bias=bias):
+    for text in structured_answers(tiny_server, response_format=schema, logit_bias=bias):
         answer = json.loads(text)
         assert answer.keys() == {"fruit", "count", "sure"}
         assert answer["fruit"] in ("apples", "pears", "plums")
@@ -157,18 +156,16 @@ def test_json_schema(tiny_server: Server, tiny_folder: Path, mode: str) -> None:
         assert answer["sure"] in (True, False)
 
 
-@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
-def test_regex(tiny_server: Server, mode: str) -> None:
+def test_regex(tiny_server: Server) -> None:
     pattern = r"The answer is [1-9][0-9]{0,2}\."
-    texts = structured_answers(tiny_server, mode, extra_body={"structured_outputs": {"regex": pattern}})
+    texts = structured_answers(tiny_server, extra_body={"structured_outputs": {"regex": pattern}})
     assert all(re.fullmatch(pattern, text) for text in texts), texts
     assert len(set(texts)) > 1
 
 
-@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
-def test_choice(tiny_server: Server, mode: str) -> None:
+def test_choice(tiny_server: Server) -> None:
     choices = ["nineteen apples", "19 apples", "no apple", "Übermäßig viele Äpfel €"]
-    texts = structured_answers(tiny_server, mode, extra_body={"structured_outputs": {"choice": choices}})
+    texts = structured_answers(tiny_server, extra_body={"structured_outputs": {"choice": choices}})
     assert all(text in choices for text in texts), texts
 
 
@@ -176,7 +173,8 @@ def test_choice(tiny_server: Server, mode: str) -> None:
     ("fields", "words"),
     [
         ({"vllm_xargs": {"diffusion_canvas_length": 17}}, ("diffusion_canvas_length", "17")),
-        ({"vllm_xargs": {"diffusion_mode": "mock_ar", "diffusion_max_steps": 4}}, ("diffusion_max_steps", "'mock_ar'")),
+        ({"vllm_xargs": {"diffusion_mode": "ar", "diffusion_max_steps": 4}}, ("diffusion_max_steps", "'ar'")),
+        ({"vllm_xargs": {"diffusion_mode": "mock_ar"}}, ("diffusion_mode", "removed", "generate_mock_ar")),
         ({"logprobs": True, "top_logprobs": 21}, ("logprobs", "21")),
         ({"presence_penalty": 3}, ("presence_penalty", "3.0")),
         ({"thinking_token_budget": 3}, ("thinking_token_budget", "3")),

@@ -181,7 +181,7 @@ WRONG: dict[str, st.SearchStrategy] = {
                 {"diffusion_mode": "unheard_of"},
                 {"diffusion_mode": ["ar"]},
                 {"diffusion_mode": "ar", "diffusion_max_steps": 4},
-                {"diffusion_mode": "mock_ar", "diffusion_strategy": "posterior"},
+                {"diffusion_mode": "mock_ar"},
                 {"diffusion_strategy": "posterior", "diffusion_remasking": "margin"},
                 {"diffusion_strategy": 5},
                 {"diffusion_adaptive_unmasking": True},

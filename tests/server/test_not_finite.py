@@ -16,7 +16,7 @@ from vllm_twotower.reference import TwoTowerModel, generate_ar, generate_mask_di
 
 PROMPT = list(range(20, 60))
 CLEAN = [PROMPT[i:] for i in range(8)]
-MODES = ("mask_diffusion", "ar", "mock_ar")
+MODES = ("mask_diffusion", "ar")
 COUNTER = "vllm:twotower_num_requests_not_finite_total"
 
 

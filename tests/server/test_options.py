@@ -32,7 +32,7 @@ from vllm.tokenizers import TokenizerLike, get_tokenizer
 from vllm_twotower.reference import TwoTowerModel
 
 TEXT = "Count: 10 and on"
-MODES = ("mask_diffusion", "ar", "mock_ar")
+MODES = ("mask_diffusion", "ar")
 BASE: dict[str, Any] = {"max_tokens": 20, "temperature": 0, "seed": 0}
 HOT = {"temperature": 1.3, "seed": 7}
 WORDS = {a + b for a in string.printable[:94] for b in string.printable[:94]}
@@ -74,7 +74,7 @@ BLOCK_OPTIONS: dict[str, dict[str, Any]] = {
 }
 BLOCK_CASES = [("mask_diffusion", name) for name in BLOCK_OPTIONS]
 CASES = [(mode, name) for mode in MODES for name in OPTIONS] + BLOCK_CASES
-CHATS = [(MODES[i % 3], name) for i, name in enumerate(OPTIONS)] + BLOCK_CASES
+CHATS = [(MODES[i % 2], name) for i, name in enumerate(OPTIONS)] + BLOCK_CASES
 
 
 @cache
@@ -181,16 +181,15 @@ def test_random_requests_at_once(server: Server, oracle: TwoTowerModel, tokenize
 # Grammars; tests/server/test_chat.py has those that a trained model follows
 
 
-@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
 def test_grammar_picks_the_best_token_it_allows(
-    server: Server, oracle: TwoTowerModel, tokenizer: TokenizerLike, mode: str
+    server: Server, oracle: TwoTowerModel, tokenizer: TokenizerLike
 ) -> None:
     """The grammar's letters, one token each, as if only their tokens were allowed; then EOS, which alone is left.
 
     As in vLLM, log-probabilities are those among the tokens that the grammar allows.
     """
     prompt, letters = tokens_of_text(), [tokenizer.encode(letter)[0] for letter in "bdg"]
-    options = {**BASE, "extra_args": {"diffusion_mode": mode}, "max_tokens": 12, "logprobs": 2}
+    options = {**BASE, "extra_args": {"diffusion_mode": "ar"}, "max_tokens": 12, "logprobs": 2}
     as_if = {**options, "allowed_token_ids": letters}
     [want] = expected_answers(oracle, tokenizer, prompt, as_if, logprobs_mode="processed_logprobs")
 
@@ -209,7 +208,7 @@ def test_grammars_beside_others(server: Server, oracle: TwoTowerModel, tokenizer
     prompt, alphabets = tokens_of_text(), ("bdg", "fhj", "", "kmq", "", "vwy", "", "")
     cases = []
     for i, letters in enumerate(alphabets * 2):
-        mode = MODES[i % 3] if not letters else MODES[1 + i % 2]
+        mode = "ar" if letters else MODES[i % 2]
         options = {**BASE, "max_tokens": 60, "ignore_eos": True, "extra_args": {"diffusion_mode": mode}}
         as_if, asked = dict(options), dict(options)
         if letters:

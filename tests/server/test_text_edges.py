@@ -26,7 +26,7 @@ from vllm_twotower.reference import TwoTowerModel
 REPLACEMENT = "\ufffd"
 LETTERS = list(range(4, 98)) + [224] + list(range(260, 320))
 """Tokens that are printable ASCII: every token is text of its own."""
-MODES = ("mask_diffusion", "ar", "mock_ar")
+MODES = ("mask_diffusion", "ar")
 TRIES = 5
 
 
@@ -102,7 +102,7 @@ def case_of(oracle: TwoTowerModel, tokenizer: TokenizerLike) -> Callable[..., Ca
 @pytest.mark.parametrize("included", [False, True], ids=["excluded", "included"])
 @pytest.mark.parametrize(
     ("mode", "width"),
-    [("mask_diffusion", 16), ("mask_diffusion", 5), ("mask_diffusion", 1), ("ar", None), ("mock_ar", None)],
+    [("mask_diffusion", 16), ("mask_diffusion", 5), ("mask_diffusion", 1), ("ar", None)],
 )
 def test_stop_string_across_a_block_border(
     server: Server, case_of: Callable[..., Case], mode: str, width: int | None, included: bool
@@ -280,12 +280,11 @@ def test_grammar_in_a_stream_of_bytes(server: Server, tokenizer: TokenizerLike) 
     """Token by token the characters come whole, each with its last byte."""
     text = "héllo €😀ñ"
     options = {"max_tokens": 40, "temperature": 0, "structured_outputs": {"choice": [text]}}
-    for mode in ("ar", "mock_ar"):
-        [answer], [chunks] = ask(server, [5, 60, 7], {**options, "extra_args": {"diffusion_mode": mode}})
-        assert answer.text == text
-        assert (answer.finish_reason, answer.token_ids[-1]) == ("stop", EOS)
-        assert all(REPLACEMENT not in chunk.text for chunk in chunks)
-        assert bytes_of(tokenizer, answer.token_ids[:-1]).decode() == text
+    [answer], [chunks] = ask(server, [5, 60, 7], {**options, "extra_args": {"diffusion_mode": "ar"}})
+    assert answer.text == text
+    assert (answer.finish_reason, answer.token_ids[-1]) == ("stop", EOS)
+    assert all(REPLACEMENT not in chunk.text for chunk in chunks)
+    assert bytes_of(tokenizer, answer.token_ids[:-1]).decode() == text
 
 
 @pytest.mark.parametrize("mode", MODES)

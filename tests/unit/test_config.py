@@ -27,7 +27,7 @@ def model_config(engine: EngineOptions = ENGINE) -> SimpleNamespace:
 
 
 def test_defaults() -> None:
-    assert resolve() == EngineOptions(16, 16, 0.8, 3, "mask_diffusion", "lazy", "auto", 64)
+    assert resolve() == EngineOptions(16, 16, 0.8, 3, "mask_diffusion", "auto", 64)
     assert RequestOptions.parse(None, resolve(None, 16, 8)).max_steps == 8
     assert RequestOptions.parse(None, ENGINE) == RequestOptions(
         "mask_diffusion", 0.8, 16, 16, "confidence_unmasking", "linear", False, "confidence"
@@ -35,9 +35,9 @@ def test_defaults() -> None:
 
 
 def test_engine_options_are_taken() -> None:
-    own = {"mode": "ar", "commit": "separate", "denoise_steps_per_engine_step": 4, "prompt_tokens_beside_blocks": 100}
+    own = {"mode": "ar", "denoise_steps_per_engine_step": 4, "prompt_tokens_beside_blocks": 100}
     given = {"twotower": {"confidence_threshold": 0.5, "mask_token_id": 7, **own}}
-    assert resolve(given, 32, 8) == EngineOptions(32, 8, 0.5, 7, "ar", "separate", 4, 100)
+    assert resolve(given, 32, 8) == EngineOptions(32, 8, 0.5, 7, "ar", 4, 100)
     assert RequestOptions.parse(None, resolve(given)).mode == "ar"
     assert resolve({"twotower": {"denoise_steps_per_engine_step": "auto"}}).denoise_steps_per_engine_step == "auto"
     assert EngineOptions.resolve(None, 16, None, 9, 320).mask_token_id == 9  # the checkpoint's own
@@ -61,9 +61,9 @@ def test_a_process_that_is_sent_the_options_loads_plugins(monkeypatch: pytest.Mo
         ({"confidence_threshold": 1.1}, ("confidence_threshold", "1.1")),
         ({"mask_token_id": 320}, ("mask_token_id", "320", "319")),
         ({"mask_token_id": "3"}, ("mask_token_id", "'3'")),
-        ({"commit": "eager"}, ("commit", "eager", "lazy", "separate")),
+        ({"commit": "lazy"}, ("commit", "lazy", "removed", "denoise_steps_per_engine_step")),
         ({"mode": "diffusion"}, ("mode", "'diffusion'", "mask_diffusion")),
-        ({"mode": "auto", "commit": "separate"}, ("mode", "'auto'", "separate", "lazy")),
+        ({"mode": "mock_ar"}, ("mode", "'mock_ar'", "removed", "generate_mock_ar")),
         ({"denoise_steps_per_engine_step": 0}, ("denoise_steps_per_engine_step", "0", "auto", "at least 1")),
         ({"denoise_steps_per_engine_step": "all"}, ("denoise_steps_per_engine_step", "'all'", "auto")),
         ({"prompt_tokens_beside_blocks": 0}, ("prompt_tokens_beside_blocks", "0", "at least 1")),
@@ -98,8 +98,7 @@ def test_request_options_are_taken() -> None:
         ENGINE,
     )
     assert options == RequestOptions("mask_diffusion", 0.8, 16, 16, "predict_and_noise", "cosine", True, "margin")
-    for mode in ("ar", "mock_ar"):
-        assert RequestOptions.parse({"diffusion_mode": mode}, ENGINE).canvas_length == 1
+    assert RequestOptions.parse({"diffusion_mode": "ar"}, ENGINE).canvas_length == 1
 
 
 @pytest.mark.parametrize("steps", [32, 1024])
@@ -111,6 +110,7 @@ def test_a_request_may_take_more_steps_than_the_default(steps: int) -> None:
     ("name", "value"),
     [
         ("diffusion_mode", "autoregressive"),
+        ("diffusion_mode", "mock_ar"),
         ("diffusion_confidence_threshold", 0),
         ("diffusion_confidence_threshold", 1.5),
         ("diffusion_confidence_threshold", "0.8"),
@@ -139,11 +139,10 @@ def test_bad_request_options_are_named(name: str, value: object) -> None:
     assert repr(value) in str(error.value)
 
 
-@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
-def test_block_options_have_no_meaning_for_autoregressive_requests(mode: str) -> None:
+def test_block_options_have_no_meaning_for_autoregressive_requests() -> None:
     for name, value in (("diffusion_confidence_threshold", 0.5), ("diffusion_canvas_length", 8)):
-        with pytest.raises(RequestError, match=f"{name}.*{mode}"):
-            RequestOptions.parse({"diffusion_mode": mode, name: value}, ENGINE)
+        with pytest.raises(RequestError, match=f"{name}.*'ar'"):
+            RequestOptions.parse({"diffusion_mode": "ar", name: value}, ENGINE)
 
 
 @pytest.mark.parametrize(

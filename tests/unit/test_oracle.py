@@ -17,7 +17,7 @@ from oracle import Expected, expected, prompt_logprobs
 from torch import Tensor
 from vllm import SamplingParams
 
-from vllm_twotower.reference import TwoTowerModel, generate_ar, generate_mask_diffusion, generate_mock_ar
+from vllm_twotower.reference import TwoTowerModel, generate_ar, generate_mask_diffusion
 from vllm_twotower.sampling.uniform import uniform
 
 MASK, EOS, VOCABULARY = 3, 2, 24
@@ -120,16 +120,15 @@ def test_mask_diffusion_equals_golden(kind: str) -> None:
         assert result.finish_reason == ("stop" if run.eos_token_id in run.tokens else "length")
 
 
-def test_ar_and_mock_ar_equal_golden() -> None:
+def test_ar_equals_golden() -> None:
+    options = params(max_tokens=32, diffusion_mode="ar")
     for prompt in golden_data.prompts("A"):
-        for mode in ("ar", "mock_ar"):
-            result = expected(model(), prompt["ids"], params(max_tokens=32, diffusion_mode=mode), eos_token_id=None)
-            assert result.token_ids == prompt[mode]["new_ids"]
-            assert (result.nfe, result.blocks) == (0 if mode == "ar" else 32, 0)
+        result = expected(model(), prompt["ids"], options, eos_token_id=None)
+        assert result.token_ids == prompt["ar"]["new_ids"]
+        assert (result.nfe, result.blocks) == (0, 0)
         for run in prompt.get("eos_runs", ()):
-            if run["mode"] != "mask_diffusion":
+            if run["mode"] == "ar":
                 eos = run["eos_token_id"]
-                options = params(max_tokens=32, diffusion_mode=run["mode"])
                 assert expected(model(), prompt["ids"], options, eos_token_id=eos).token_ids == run["new_ids"]
 
 
@@ -139,9 +138,8 @@ def test_default_options_equal_the_plain_generators(length: int) -> None:
     blocks = generate_mask_diffusion(model(), prompt, 40, eos_token_id=EOS)
     result = expected(model(), prompt, params(max_tokens=40, logprobs=3))
     assert (result.token_ids, result.nfe, result.blocks) == (blocks.tokens, blocks.nfe, len(blocks.blocks))
-    for generate, mode in ((generate_ar, "ar"), (generate_mock_ar, "mock_ar")):
-        again = expected(model(), prompt, params(max_tokens=40, diffusion_mode=mode))
-        assert again.token_ids == generate(model(), prompt, 40, eos_token_id=EOS).tokens
+    again = expected(model(), prompt, params(max_tokens=40, diffusion_mode="ar"))
+    assert again.token_ids == generate_ar(model(), prompt, 40, eos_token_id=EOS).tokens
 
     # Log-probabilities are those of the pass that committed the token.
     for i, token in enumerate(result.tokens):
@@ -168,7 +166,7 @@ def test_prompt_logprobs_are_those_of_the_context_head() -> None:
 # Where generation ends
 
 
-@pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar"])
+@pytest.mark.parametrize("mode", ["mask_diffusion", "ar"])
 def test_generation_ends_at_stops_and_lengths(mode: str) -> None:
     text = scripted({10: 0.9}, {11: 0.9}, {EOS: 0.9}, {12: 0.9}, {13: 0.9}, {14: 0.9}, rest={15: 0.9})
 
@@ -226,10 +224,9 @@ def test_rules_hold_in_the_output(strategy: str, temperature: float) -> None:
         assert not [word for word in words if in_a_row(result, word)]
 
 
-@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
-def test_rules_hold_in_autoregressive_output(mode: str) -> None:
+def test_rules_hold_in_autoregressive_output() -> None:
     def run(**options: Any) -> Expected:
-        return expected(model(), PROMPT, params(diffusion_mode=mode, max_tokens=16, **options), eos_token_id=None)
+        return expected(model(), PROMPT, params(diffusion_mode="ar", max_tokens=16, **options), eos_token_id=None)
 
     free = run().token_ids
     words = [[free[0]]] + [list(pair) for pair in pairwise(free[1:])]
@@ -247,7 +244,7 @@ def near_ties() -> Recorder:
     return Recorder(Scripted(lambda position: logits))
 
 
-@pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar"])
+@pytest.mark.parametrize("mode", ["mask_diffusion", "ar"])
 def test_penalties_count_tokens_decided_so_far(mode: str) -> None:
     one_by_one: dict[str, Any] = {"max_tokens": 16}
     if mode == "mask_diffusion":
@@ -343,7 +340,7 @@ def test_draws_invert_the_filtered_distribution() -> None:
         options = {"temperature": 1.0, name: value}
         weights = [float(logits[token].exp()) ** (1 / options["temperature"]) for token in tokens]
         for seed in range(10):
-            for mode in ("mask_diffusion", "ar", "mock_ar"):
+            for mode in ("mask_diffusion", "ar"):
                 one_pass = {"diffusion_max_steps": 1} if mode == "mask_diffusion" else {}
                 sampling = params(seed=seed, max_tokens=3, diffusion_mode=mode, logprobs=4, **one_pass, **options)
                 result = expected(text, [5, 6], sampling, logprobs_mode="processed_logprobs")
@@ -405,7 +402,7 @@ def test_only_blocks_suppress_the_mask_token() -> None:
     logits = torch.zeros(VOCABULARY)
     logits[MASK], logits[7] = 9, 5
     text = Scripted(lambda position: logits)
-    for mode, token in {"mask_diffusion": 7, "ar": MASK, "mock_ar": MASK}.items():
+    for mode, token in {"mask_diffusion": 7, "ar": MASK}.items():
         result = expected(text, [5], params(max_tokens=2, diffusion_mode=mode))
         assert result.token_ids == [token, token]
         assert result.tokens[0].logprob == pytest.approx(

@@ -427,19 +427,6 @@ def test_two_requests_share_passes(h200: CostModel) -> None:
     assert (result.tokens, result.engine_steps, result.context_passes, result.denoiser_passes) == (64, 6, 2, 6)
 
 
-def test_grouped_commits_share_context_passes(h200: CostModel) -> None:
-    """Of 30 requests ten must be finished, while each step's share of them is a seventh; an ideal GPU gains by it."""
-    traffic = Traffic(
-        30, StepsPerBlock((4, 7, 10), (0.3, 0.4, 0.3)), prompt_tokens=10, output_blocks=40, output_spread=30
-    )
-    lazy, grouped = (
-        simulate(h200, traffic, "mask_diffusion", commit=commit, warm_up_requests=30, measured_requests=60)
-        for commit in ("lazy", "grouped")
-    )
-    assert grouped.context_passes / grouped.tokens < 0.7 * lazy.context_passes / lazy.tokens
-    assert grouped.tokens_per_second > 1.05 * lazy.tokens_per_second
-
-
 def test_auto_steps_end_with_the_first_block(h200: CostModel) -> None:
     """Two requests with blocks of one or eight passes: no step goes on once a block is whole."""
     traffic = Traffic(2, StepsPerBlock((1, 8), (0.5, 0.5)), prompt_tokens=10, output_blocks=20, output_spread=0)

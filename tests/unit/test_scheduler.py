@@ -95,7 +95,7 @@ def scheduler(enable_prefix_caching: bool = False, num_pages: int = 10_000, **op
 
 
 @pytest.fixture
-def lazy() -> TwoTowerScheduler:
+def made() -> TwoTowerScheduler:
     return scheduler(per_request_spec_decode_metrics="summary")
 
 
@@ -146,50 +146,50 @@ def step(
 SCORES = LogprobsTensors(torch.zeros(4, 1), torch.zeros(4, 1), torch.zeros(4))
 
 
-def test_prompt_scores_wait_for_the_first_block(lazy: TwoTowerScheduler) -> None:
-    add(lazy, "a", 5)
-    add(lazy, "b", 5, mode="ar")
-    outputs = step(lazy, {"b": 1}, {"a": SCORES, "b": SCORES}, {"a": torch.ones(1)})
+def test_prompt_scores_wait_for_the_first_block(made: TwoTowerScheduler) -> None:
+    add(made, "a", 5)
+    add(made, "b", 5, mode="ar")
+    outputs = step(made, {"b": 1}, {"a": SCORES, "b": SCORES}, {"a": torch.ones(1)})
     assert outputs.keys() == {"b"}
     assert outputs["b"].new_prompt_logprobs_tensors is SCORES
-    assert step(lazy, {"b": 1})["b"].new_prompt_logprobs_tensors is None
-    output = step(lazy, {"a": WIDTH})["a"]
+    assert step(made, {"b": 1})["b"].new_prompt_logprobs_tensors is None
+    output = step(made, {"a": WIDTH})["a"]
     assert output.new_prompt_logprobs_tensors is SCORES
     assert output.prompt_token_id_logprobs.tolist() == [1]
     assert output.finished
-    assert not lazy._held_scores
+    assert not made._held_scores
 
 
-def test_prompt_scores_go_with_their_request(lazy: TwoTowerScheduler) -> None:
+def test_prompt_scores_go_with_their_request(made: TwoTowerScheduler) -> None:
     """Aborted while it waits for its first block, and while the step runs that returns the scores."""
-    add(lazy, "a", 5)
-    step(lazy, {}, {"a": SCORES}, {"a": torch.ones(1)})
-    assert lazy._held_scores
-    lazy.finish_requests("a", RequestStatus.FINISHED_ABORTED)
-    assert not lazy._held_scores
-    add(lazy, "b", 5)
-    assert not step(lazy, {}, {"b": SCORES}, {"b": torch.ones(1)}, abort_meanwhile="b")
-    assert not lazy._held_scores
-    step(lazy, {})
-    assert not lazy._rows
+    add(made, "a", 5)
+    step(made, {}, {"a": SCORES}, {"a": torch.ones(1)})
+    assert made._held_scores
+    made.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    assert not made._held_scores
+    add(made, "b", 5)
+    assert not step(made, {}, {"b": SCORES}, {"b": torch.ones(1)}, abort_meanwhile="b")
+    assert not made._held_scores
+    step(made, {})
+    assert not made._rows
 
 
-def test_prompt_scores_survive_a_preemption(lazy: TwoTowerScheduler) -> None:
+def test_prompt_scores_survive_a_preemption(made: TwoTowerScheduler) -> None:
     """The worker reads the prompt again and returns new scores, which replace those that were kept."""
-    add(lazy, "a", 5)
-    step(lazy, {}, {"a": SCORES})
-    step(lazy, {})
-    lazy.reset_prefix_cache(reset_running_requests=True)
+    add(made, "a", 5)
+    step(made, {}, {"a": SCORES})
+    step(made, {})
+    made.reset_prefix_cache(reset_running_requests=True)
     again = LogprobsTensors(torch.ones(4, 1), torch.ones(4, 1), torch.ones(4))
-    step(lazy, {}, {"a": again})
-    assert step(lazy, {"a": WIDTH})["a"].new_prompt_logprobs_tensors is again
+    step(made, {}, {"a": again})
+    assert step(made, {"a": WIDTH})["a"].new_prompt_logprobs_tensors is again
 
 
-def test_preempted_passes_are_in_no_block(lazy: TwoTowerScheduler) -> None:
+def test_preempted_passes_are_in_no_block(made: TwoTowerScheduler) -> None:
     """Three passes, a preemption, a block in two passes, which the context tower reads anew after another one."""
-    add(lazy, "a", 5, max_tokens=2 * WIDTH)
+    add(made, "a", 5, max_tokens=2 * WIDTH)
     sent: list[StepCosts] = []
-    make_stats = lazy.make_stats
+    make_stats = made.make_stats
 
     def record(*args: Any, **kwargs: Any) -> SchedulerStats:
         stats = make_stats(*args, **kwargs)
@@ -197,29 +197,29 @@ def test_preempted_passes_are_in_no_block(lazy: TwoTowerScheduler) -> None:
             sent.append(StepCosts.unpack(stats.spec_decoding_stats))
         return stats
 
-    lazy.make_stats = record
+    made.make_stats = record
     first, again, whole = {"a": 3}, {"a": 2}, {"a": 4}  # context and denoiser; denoiser once; twice
     for passes in (first, again, again):
-        step(lazy, {}, passes=passes)
-    lazy.reset_prefix_cache(reset_running_requests=True)
-    step(lazy, {}, passes=first)
-    step(lazy, {"a": WIDTH}, passes=again)
-    lazy.reset_prefix_cache(reset_running_requests=True)
-    step(lazy, {}, passes={"a": 1})
-    output = step(lazy, {"a": WIDTH}, passes=whole)["a"]
+        step(made, {}, passes=passes)
+    made.reset_prefix_cache(reset_running_requests=True)
+    step(made, {}, passes=first)
+    step(made, {"a": WIDTH}, passes=again)
+    made.reset_prefix_cache(reset_running_requests=True)
+    step(made, {}, passes={"a": 1})
+    output = step(made, {"a": WIDTH}, passes=whole)["a"]
     assert [costs.context_passes for costs in sent] == [1, 0, 0, 1, 0, 1, 0]
     assert [costs.denoiser_passes for costs in sent] == [1, 1, 1, 1, 1, 0, 2]
     assert [costs.steps_per_block for costs in sent if costs.steps_per_block] == [[2], [2]]
     assert output.spec_decode_metrics.histogram == [5] + [0] * (WIDTH - 1) + [2]
 
 
-def test_a_block_may_be_whole_in_the_prompts_last_step(lazy: TwoTowerScheduler) -> None:
+def test_a_block_may_be_whole_in_the_prompts_last_step(made: TwoTowerScheduler) -> None:
     """It lies in pages reserved beyond the prompt, and counts as computed like any other block."""
-    add(lazy, "a", 5, max_tokens=2 * WIDTH)
-    output = step(lazy, {"a": WIDTH}, passes={"a": 3})["a"]
+    add(made, "a", 5, max_tokens=2 * WIDTH)
+    output = step(made, {"a": WIDTH}, passes={"a": 3})["a"]
     assert len(output.new_token_ids) == WIDTH
-    assert lazy.requests["a"].num_computed_tokens == 5 + WIDTH
-    assert lazy.schedule().num_scheduled_tokens == {"a": WIDTH}
+    assert made.requests["a"].num_computed_tokens == 5 + WIDTH
+    assert made.schedule().num_scheduled_tokens == {"a": WIDTH}
 
 
 def test_blocks_are_scheduled_before_prompts() -> None:
@@ -243,32 +243,28 @@ def test_few_blocks_let_many_prompts_in() -> None:
     assert made.schedule().num_scheduled_tokens == {"first": WIDTH, **late}
 
 
-def test_autoregressive_requests_have_no_drafts(lazy: TwoTowerScheduler) -> None:
-    for mode in ("mask_diffusion", "ar", "mock_ar"):
-        add(lazy, mode, 5, max_tokens=2, mode=mode)
-    step(lazy, {"ar": 1, "mock_ar": 1})
-    assert {name: len(request.spec_token_ids) for name, request in lazy.requests.items()} == {
-        "mask_diffusion": WIDTH,
-        "ar": 0,
-        "mock_ar": 0,
-    }
-    assert lazy.schedule().num_scheduled_tokens == {"mask_diffusion": WIDTH, "ar": 1, "mock_ar": 1}
+def test_autoregressive_requests_have_no_drafts(made: TwoTowerScheduler) -> None:
+    for mode in ("mask_diffusion", "ar"):
+        add(made, mode, 5, max_tokens=2, mode=mode)
+    step(made, {"ar": 1})
+    drafts = {name: len(request.spec_token_ids) for name, request in made.requests.items()}
+    assert drafts == {"mask_diffusion": WIDTH, "ar": 0}
+    assert made.schedule().num_scheduled_tokens == {"mask_diffusion": WIDTH, "ar": 1}
 
 
 def cached_pages(made: TwoTowerScheduler) -> int:
     return len(made.kv_cache_manager.block_pool.cached_block_hash_to_block)
 
 
-@pytest.mark.parametrize("commit", ["lazy", "separate"])
-def test_pages_are_cached_once_they_were_read(commit: str) -> None:
-    """The context tower reads a block in the step after it was returned, or in the step that returns it."""
-    made = scheduler(enable_prefix_caching=True, additional_config={"twotower": {"commit": commit}})
+def test_pages_are_cached_once_they_were_read() -> None:
+    """The context tower reads a block in the step after it was returned."""
+    made = scheduler(enable_prefix_caching=True)
     add(made, "a", PAGE + 4, max_tokens=4 * WIDTH)
     pages = []
     for sampled in (0, 0, WIDTH, 0, WIDTH, WIDTH, WIDTH):
         step(made, {"a": sampled}, passes={"a": 3})
         pages.append(cached_pages(made))
-    assert pages == ([1, 1, 1, 1, 2, 2, 4] if commit == "lazy" else [1, 1, 1, 2, 2, 3, 5])
+    assert pages == [1, 1, 1, 1, 2, 2, 4]
 
 
 @pytest.mark.parametrize("event", ["preempted", "aborted", "aborted meanwhile", "in part"])
@@ -311,16 +307,12 @@ def test_a_chunk_preempted_in_its_step_is_not_cached() -> None:
 
 
 def test_an_autoregressive_requests_pages() -> None:
-    """The newest token of a mock_ar request, and the one before it, are read later."""
+    """Its newest token is not among the computed ones; the prompt's page is found at once."""
     made = scheduler(enable_prefix_caching=True)
-    for mode, expected in (("ar", [1, 1, 1]), ("mock_ar", [0, 0, 1])):
-        assert made.reset_prefix_cache()
-        add(made, mode, PAGE, max_tokens=3, mode=mode)
-        pages = []
-        for _ in expected:
-            step(made, {mode: 1})
-            pages.append(cached_pages(made))
-        assert pages == expected
+    add(made, "ar", PAGE, max_tokens=3, mode="ar")
+    for _ in range(3):
+        step(made, {"ar": 1})
+        assert cached_pages(made) == 1
 
 
 def test_single_tokens_of_an_auto_request_are_read_a_step_later(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from .prefix_cache import commit_interval, move_states, state_block_size, state_
 from .request_table import RequestTable
 from .sampler import TwoTowerSampler
 from .staging import Staging
-from .step_plan import StepPlan, canvas_inputs, canvas_rows, context_inputs, page_slots, split_rows
+from .step_plan import CanvasInputs, StepPlan, canvas_rows, context_inputs, page_slots, split_rows
 from .tower_rows import TowerRows
 
 
@@ -119,15 +119,15 @@ class TwoTowerModelState(ModelState):
             tables = self._rows_of(block_tables, split.context, num_reqs)
             self._move_states(split.context, tables)
             metadata |= self._tower_metadata(split.context, tables, groups, kv_cache_config, plan.slot_mapping)
-        if len(split.canvas):
+        if blocks is not None:
             self._denoiser = _Denoiser(
                 [[group for group in groups if _is_denoiser(group)] for groups in attn_groups],
                 kv_cache_config,
                 block_tables,
                 num_reqs,
             )
-            rows = self._prepare_denoiser(split.canvas, len(split.mock_ar))
-            plan.canvas = canvas_inputs(rows, blocks, split.mock_ar, table, input_ids, staging)
+            rows = self._prepare_denoiser(split.blocks)
+            plan.canvas = CanvasInputs(blocks.input_ids, rows, blocks.times(table.strategies))
             plan.slot_mapping |= self._denoiser.slot_mapping
             metadata |= self._denoiser.metadata
         return metadata
@@ -138,19 +138,19 @@ class TwoTowerModelState(ModelState):
         Returns hidden states (T, H).
         """
         if changed:
-            self._prepare_denoiser(blocks.rows, 0)
+            self._prepare_denoiser(blocks.rows)
         step = self._denoiser
         with set_forward_context(
             step.metadata, self.vllm_config, num_tokens=blocks.rows.num_tokens, slot_mapping=step.slot_mapping
         ):
             return self.model.denoise(blocks.input_ids, step.rows, blocks.times(self.table.strategies))
 
-    def _prepare_denoiser(self, rows: TowerRows, num_mock_ar: int) -> CanvasRows:
+    def _prepare_denoiser(self, rows: TowerRows) -> CanvasRows:
         """The denoiser's metadata for rows of this step, kept until they change."""
         step = self._denoiser
         tables = self._rows_of(step.block_tables, rows, step.num_reqs)
         state_indices = self._state_indices(rows, tables)
-        step.rows = canvas_rows(rows, num_mock_ar, state_indices, self.staging)
+        step.rows = canvas_rows(rows, state_indices, self.staging)
         step.slot_mapping = {}
         step.metadata = self._tower_metadata(rows, tables, step.groups, step.kv_cache_config, step.slot_mapping)
         return step.rows

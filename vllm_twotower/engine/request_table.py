@@ -30,10 +30,9 @@ class RequestTable:
     """Per-request state, a row for each slot that vLLM's ``RequestState`` hands out.
 
     NumPy arrays hold what decides which rows a step runs; tensors on ``device`` hold what the sampler computes with.
-    ``pending`` counts the tokens in ``pending_tokens`` that the context tower must read next: a finished block, the
-    newest token of an ``ar`` request, the token before the newest of a ``mock_ar`` one. An ``auto`` request may have
-    either of the first two. ``read`` tokens before the pending ones were read in the step before, up to where a state
-    is cached.
+    ``pending`` counts the tokens in ``pending_tokens`` that the context tower must read next: a finished block, or the
+    newest token of an ``ar`` request; of an ``auto`` request either. ``read`` tokens before the pending ones were read
+    in the step before, up to where a state is cached.
     """
 
     def __init__(self, max_num_reqs: int, engine: EngineOptions, vocab_size: int, device: torch.device):
@@ -46,7 +45,6 @@ class RequestTable:
         self.pending = np.zeros(max_num_reqs, dtype=np.int64)
         self.read = np.zeros(max_num_reqs, dtype=np.int64)
         self.is_ar = np.zeros(max_num_reqs, dtype=bool)
-        self.is_mock_ar = np.zeros(max_num_reqs, dtype=bool)
         self.is_auto = np.zeros(max_num_reqs, dtype=bool)
         self.starts_with_ar = np.zeros(max_num_reqs, dtype=bool)
         self.is_random = np.zeros(max_num_reqs, dtype=bool)
@@ -87,7 +85,6 @@ class RequestTable:
         self.width[slot] = options.canvas_length
         self.pending[slot] = self.read[slot] = 0
         self.is_ar[slot] = options.mode == "ar"
-        self.is_mock_ar[slot] = options.mode == "mock_ar"
         self.is_auto[slot] = options.mode == "auto"
         self.starts_with_ar[slot] = self.is_auto[slot] and params.extra_args.get(FIRST_MODE) == "ar"
         self.is_random[slot] = params.temperature > 0

@@ -81,15 +81,13 @@ class Row:
         read = num_scheduled if start < self.prefill_len else 1 if self.is_single else width
         return RowWork(start, context * read, denoised, width, num_sampled, is_finite)
 
-    def follow(self, work: RowWork, commits_before_returning: bool, commit_interval: int) -> None:
+    def follow(self, work: RowWork, commit_interval: int) -> None:
         """Keeps account of what the context tower has yet to read; commits stop as in ``step_plan.split_rows``."""
         start = work.context_len
         if self.unread and work.context_tokens:
             self.unread = max(0, start - next_stop(start - self.unread, commit_interval))
         if work.num_sampled and self.options.fills_blocks:
             self.unread = work.num_sampled
-            if commits_before_returning:
-                self.unread = max(0, start + work.num_sampled - next_stop(start, commit_interval))
 
     def count(self, work: RowWork, costs: StepCosts, metrics: RequestDenoisingMetrics | None, detailed: bool) -> None:
         """Adds the row's work to the step's costs and the request's metrics."""

@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.sample.prompt_logprob import CHUNK_SIZE
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_twotower.model.step_logits import Best, OutputHead, StepLogits
-from vllm_twotower.planning.step_policy import AUTO_PASSES_PER_STEP, worth_a_context_pass
+from vllm_twotower.planning.step_policy import AUTO_PASSES_PER_STEP
 from vllm_twotower.sampling.prediction import (
     draw,
     margin,
@@ -39,7 +39,7 @@ from .logit_rules import NOTHING, UNDECIDED, RuledRows
 from .logits_processors import CustomLogitsProcessors
 from .request_table import RequestTable
 from .staging import Staging
-from .step_plan import RowSplit, StepPlan
+from .step_plan import StepPlan
 from .token_logprobs import ScoredTokens
 from .tower_rows import TowerRows
 
@@ -143,19 +143,18 @@ class TwoTowerSampler:
         input_batch.has_structured_output_reqs = False
         slots, split = output.slots, plan.split
         output.passes[split.context.batch_rows] = 1
-        self._emit_committed(plan, output)
+        left = split.still_pending
+        table.read[slots] = np.where(left > 0, table.read[slots] + table.pending[slots] - left, 0)
+        table.pending[slots] = left
         if logits.context is not None:
             rows = split.context.take(split.next_token[split.context.batch_rows])
             for some, tokens in self._next_tokens(rows, logits.context, logits.context_head, logits.tile, output):
                 table.pending_tokens[self._device_slots(slots, rows.take(some)), 0] = tokens
-        if len(split.mock_ar):
-            self._mock_ar(plan, logits, output)
         if plan.blocks is not None:
-            self._fill(plan.blocks, split, logits, output)
+            self._fill(plan.blocks, split.others_wait, logits, output)
 
-        is_block = ~(table.is_ar[slots] | table.is_mock_ar[slots])
         drafts = np.where(input_batch.is_prefilling_np[:num_reqs], 0, input_batch.num_scheduled_tokens[:num_reqs])
-        rejected = is_block * (drafts - output.num_sampled)
+        rejected = ~table.is_ar[slots] * (drafts - output.num_sampled)
         return SamplerOutput(
             sampled_token_ids=output.tokens,
             logprobs_tensors=table.logprobs.collect(slots, output.num_sampled),
@@ -188,39 +187,21 @@ class TwoTowerSampler:
     def _device_slots(self, slots: np.ndarray, rows: TowerRows) -> torch.Tensor:
         return async_tensor_h2d(slots[rows.batch_rows], device=self._table.device)
 
-    def _mock_ar(self, plan: StepPlan, logits: StepLogits, output: StepOutput) -> None:
-        """The next tokens of ``mock_ar`` rows, whose newest tokens are the last the denoiser ran on."""
-        table, num_rows = self._table, len(plan.split.mock_ar)
-        hidden, input_ids = logits.denoiser[-num_rows:], plan.canvas.input_ids[-num_rows:].long()
-        rows = plan.split.mock_ar
-        for some, tokens in self._next_tokens(rows, hidden, logits.denoiser_head, logits.tile, output):
-            device_slots = self._device_slots(output.slots, rows.take(some))
-            table.pending_tokens[device_slots, 0] = input_ids[self._index(some)]
-            table.canvas[device_slots, 0] = tokens
-
-    def _fill(self, blocks: Blocks, split: RowSplit, logits: StepLogits, output: StepOutput) -> None:
+    def _fill(self, blocks: Blocks, others_wait: bool, logits: StepLogits, output: StepOutput) -> None:
         """Denoises the blocks, as often as a step may; blocks that are whole drop out."""
-        engine = self._table.engine
-        limit = engine.denoise_steps_per_engine_step
-        num_canvases, num_finished = len(blocks) + split.num_held, split.num_held
-        hidden = logits.denoiser[: blocks.rows.num_tokens]
+        limit, hidden = self._table.engine.denoise_steps_per_engine_step, logits.denoiser
         for count in itertools.count(1):
             converged = self._denoise_tiles(blocks, hidden, logits, output)
             output.passes[blocks.rows.batch_rows] += 2
-            num_finished += int(converged.sum())
-            if limit == "auto":
-                # A whole block's request goes on in the next step, unless it has to wait for others anyway.
-                is_grouped = engine.commit == "grouped" and not worth_a_context_pass(num_finished, num_canvases)
-                goes_on = is_grouped or num_finished == split.num_held
-                is_last = split.others_wait or not goes_on or count == AUTO_PASSES_PER_STEP
+            if limit == "auto":  # a whole block's request goes on in the next step
+                is_last = others_wait or converged.any() or count == AUTO_PASSES_PER_STEP
             else:
                 is_last = count == limit
             if is_last or converged.all():
                 return
-            changed = count == 1 and len(split.mock_ar) > 0  # these rows have had their pass
-            if converged.any():
+            if changed := converged.any():
                 left = np.flatnonzero(~converged)
-                blocks, changed = self._blocks(blocks.rows.take(left), blocks.host_slots[left]), True
+                blocks = self._blocks(blocks.rows.take(left), blocks.host_slots[left])
             hidden = self._source.denoise_again(blocks, changed)
 
     def _blocks(self, rows: TowerRows, host_slots: np.ndarray) -> Blocks:
@@ -263,17 +244,6 @@ class TwoTowerSampler:
 
     def _index(self, rows: np.ndarray) -> torch.Tensor:
         return async_tensor_h2d(rows, device=self._table.device)
-
-    def _emit_committed(self, plan: StepPlan, output: StepOutput) -> None:
-        """Returns the pending tokens of rows that emit when they commit, and forgets what was committed."""
-        table, slots, emits = self._table, output.slots, np.flatnonzero(plan.split.emits)
-        if len(emits):
-            rows = async_tensor_h2d(emits, device=table.device)
-            output.tokens[rows] = table.pending_tokens[async_tensor_h2d(slots[emits], device=table.device)]
-            output.num_sampled[emits] = table.pending[slots[emits]]
-        left = plan.split.still_pending
-        table.read[slots] = np.where(left > 0, table.read[slots] + table.pending[slots] - left, 0)
-        table.pending[slots] = left
 
     def _next_tokens(
         self, rows: TowerRows, hidden: torch.Tensor, head: OutputHead, tile: int, output: StepOutput
@@ -333,18 +303,18 @@ class TwoTowerSampler:
 
         ``scores`` are a pass's fp32 logits (T, V), or what is most probable where nothing else is asked for.
 
-        A whole block becomes pending, and is returned at once unless it must be committed first.
+        A whole block is returned, and is pending.
         """
         table, rows, host_slots = self._table, blocks.rows, blocks.host_slots
-        engine = table.engine
+        mask_token_id = table.engine.mask_token_id
         ruled = scored = None
         if not isinstance(scores, Best):
-            suppress_mask_token(scores, engine.mask_token_id)
+            suppress_mask_token(scores, mask_token_id)
             ruled = self._ruled_blocks(blocks)
             scored = self._apply_rules(
                 ruled, host_slots, rows.starts, rows.row_of_token, rows.offsets, scores, blocks.canvas
             )
-            suppress_mask_token(scores, engine.mask_token_id)  # whatever a custom processor did
+            suppress_mask_token(scores, mask_token_id)  # whatever a custom processor did
         best = scores if isinstance(scores, Best) else Best(*predict(scores))
         output.check(self._index(rows.batch_rows), blocks.by_row(best.confidence).sum(1))
         denoised = self._predict(blocks, best, scores, scored)
@@ -362,19 +332,17 @@ class TwoTowerSampler:
 
         # The next rows depend on which blocks are whole.
         done = converged.cpu().numpy()
-        blocks.set(canvas, commit.step + 1, engine.mask_token_id)
+        blocks.set(canvas, commit.step + 1, mask_token_id)
         if not done.any():
             blocks.store(table)
             return done
         table.step[blocks.slots] = torch.where(converged, 0, blocks.step)
-        table.canvas[blocks.slots] = canvas.masked_fill(converged[:, None], engine.mask_token_id)
+        table.canvas[blocks.slots] = canvas.masked_fill(converged[:, None], mask_token_id)
         pending = table.pending_tokens[blocks.slots]
         table.pending_tokens[blocks.slots] = torch.where(converged[:, None], canvas, pending)
         table.pending[host_slots[done]] = rows.lengths[done]
-        if engine.commit != "separate":
-            whole = async_tensor_h2d(np.flatnonzero(done), device=canvas.device)
-            output.tokens[async_tensor_h2d(rows.batch_rows[done], device=canvas.device)] = canvas[whole]
-            output.num_sampled[rows.batch_rows[done]] = rows.lengths[done]
+        output.tokens[self._index(rows.batch_rows[done])] = canvas[self._index(np.flatnonzero(done))]
+        output.num_sampled[rows.batch_rows[done]] = rows.lengths[done]
         return done
 
     def _ruled_rows(

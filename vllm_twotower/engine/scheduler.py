@@ -98,7 +98,7 @@ class TwoTowerScheduler(DiffusionScheduler):
             request = self.requests.get(req_id)
             metrics = None if request is None else request.spec_decode_metrics
             self._rows[req_id].count(of_row, self._costs, metrics, self.spec_decode_metrics_level == "detailed")
-            self._rows[req_id].follow(of_row, self._engine_options.commit == "separate", self._commit_interval)
+            self._rows[req_id].follow(of_row, self._commit_interval)
         if self._mode_control is not None:
             self._mode_control.step_ends(list(work.values()), self._costs.steps_per_block)
         num_sampled = {req_id: of_row.num_sampled for req_id, of_row in work.items()}
@@ -123,9 +123,6 @@ class TwoTowerScheduler(DiffusionScheduler):
         """How many of the tokens that vLLM counts as computed the context tower reads in a later step."""
         row = self._rows.get(request.request_id)
         is_new = request.num_computed_tokens == 0 or row is None  # or preempted
-        options = RequestOptions.of(request.sampling_params, self._engine_options) if is_new else row.options
-        if options.mode == "mock_ar":
-            return 1
         return 0 if is_new else row.unread
 
     def _mamba_block_aligned_split(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> int:

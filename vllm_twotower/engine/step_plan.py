@@ -8,22 +8,18 @@ the last of a prompt, and the denoiser starts the next block.
 If Mamba states of generated text are cached, the context tower stops where they are. What a block has behind that
 position is read in the next step, and only then does the request go on.
 
-An ``ar`` row is as in any causal model: the context tower reads its newest token. A ``mock_ar`` row, NVIDIA's debugging
-mode, runs the denoiser without time conditioning on the newest token alone, after the context tower has read the token
-before it; so the last prompt token is the denoiser's too.
+An ``ar`` row is as in any causal model: the context tower reads its newest token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import torch
 
 from vllm_twotower.model.denoiser import CanvasRows
-from vllm_twotower.planning.step_policy import worth_a_context_pass
 
 from .blocks import Blocks
 from .request_table import RequestTable
@@ -35,27 +31,18 @@ from .tower_rows import TowerRows
 class RowSplit:
     """What each row of vLLM's batch does in this step.
 
-    Rows of the context tower, and of the denoiser: ``blocks`` and the single tokens of ``mock_ar`` requests. Masks over
-    the batch's rows: ``commits`` (tokens the context tower reads were pending), ``emits`` (these tokens are also
-    returned in this step), ``next_token`` (the context head gives the row's next token). ``others_wait`` says whether
-    further passes over the blocks would keep other rows waiting, not counting the ``num_held`` finished blocks that
-    wait for more of them. ``still_pending`` (rows,): how many tokens will be pending after the context tower's pass.
+    The rows of the context tower, and the ``blocks`` of the denoiser. Masks over the batch's rows: ``commits`` (tokens
+    the context tower reads were pending), ``next_token`` (the context head gives the row's next token). ``others_wait``
+    says whether further passes over the blocks would keep other rows waiting. ``still_pending`` (rows,): how many
+    tokens will be pending after the context tower's pass.
     """
 
     context: TowerRows
     blocks: TowerRows
-    mock_ar: TowerRows
     commits: np.ndarray
-    emits: np.ndarray
     next_token: np.ndarray
     others_wait: bool
-    num_held: int
     still_pending: np.ndarray
-
-    @cached_property
-    def canvas(self) -> TowerRows:
-        """The denoiser's rows, blocks first."""
-        return self.blocks.followed_by(self.mock_ar) if len(self.mock_ar) else self.blocks
 
 
 def split_rows(
@@ -77,40 +64,27 @@ def split_rows(
     returned, and counts as computed, before the context tower has read it, like a block. Commits stop at multiples of
     ``commit_interval``.
     """
-    width, pending, read, is_ar, is_mock, is_auto = (
-        column[slots]
-        for column in (table.width, table.pending, table.read, table.is_ar, table.is_mock_ar, table.is_auto)
+    width, pending, read, is_ar, is_auto = (
+        column[slots] for column in (table.width, table.pending, table.read, table.is_ar, table.is_auto)
     )
-    policy = table.engine.commit
-    is_block = ~(is_ar | is_mock)
     prefill = num_computed < prefill_len
     ends = num_computed + num_scheduled
     ends_prefill = prefill & (ends >= prefill_len)
     single = is_auto & np.where(prefill, ends_prefill & table.starts_with_ar[slots], num_scheduled == 1)
     whole = ~prefill & (single | (num_scheduled == np.minimum(width, max_model_len - num_computed)))
     commits = whole & (pending > 0)
-    held = np.zeros_like(commits)
-    if policy == "grouped" and not (prefill | (commits & (single | ~is_block))).any():
-        finished = commits & is_block
-        if not worth_a_context_pass(int(finished.sum()), int((whole & is_block).sum())):
-            held = finished
-            commits, whole = commits & ~held, whole & ~held
-    emits = commits & is_block & (policy == "separate") & (read == 0)
-    # Tokens that were returned before they are committed lie before the scheduled ones.
-    behind = commits & ~is_ar & ~emits
-    starts = num_computed - behind * pending
+    # A block is returned before it is committed, so its tokens lie before the scheduled ones.
+    starts = num_computed - (commits & ~is_ar) * pending
     committed = commits * np.minimum(pending, commit_interval - starts % commit_interval)
     is_read = committed == pending
     next_token = (is_ar | single) & ((commits & is_read) | ends_prefill)
-    mock = is_mock & (whole | ends_prefill)
-    denoises = is_block & ~single & (ends_prefill | (whole & is_read & ~emits))
-    others_wait = not (denoises | held).all()
+    denoises = ~is_ar & ~single & (ends_prefill | (whole & is_read))
 
     # Where a row's tokens lie: in the table, a canvas's length a slot, or after it, among vLLM's input ids.
     in_table = slots * table.engine.canvas_length
     in_batch = table.canvas.numel() + query_start
-    lengths = np.where(commits, committed, num_scheduled - (mock & prefill))
-    rows = np.flatnonzero((prefill | commits) & (lengths > 0))
+    lengths = np.where(commits, committed, num_scheduled)
+    rows = np.flatnonzero(prefill | commits)
     context = TowerRows(rows, starts[rows], lengths[rows], np.where(commits, in_table + read, in_batch)[rows])
     if len(rows) > 1:
         # vLLM's Mamba metadata takes one-token rows with a state for decodes, which come first (mamba_attn.py).
@@ -119,11 +93,7 @@ def split_rows(
     rows = np.flatnonzero(denoises)
     starts = np.where(prefill, ends, num_computed)[rows]
     blocks = TowerRows(rows, starts, np.minimum(width[rows], max_model_len - starts), in_table[rows])
-    rows = np.flatnonzero(mock)
-    newest = np.where(prefill, in_batch + num_scheduled - 1, in_table)[rows]
-    mock_ar = TowerRows(rows, (ends - 1)[rows], np.ones_like(rows), newest)
-    still_pending = pending - committed
-    return RowSplit(context, blocks, mock_ar, commits, emits, next_token, others_wait, int(held.sum()), still_pending)
+    return RowSplit(context, blocks, commits, next_token, not denoises.all(), pending - committed)
 
 
 @dataclass
@@ -188,23 +158,16 @@ def context_inputs(
     )
 
 
-def canvas_rows(
-    rows: TowerRows, num_mock_ar: int, state_indices: Mapping[str, torch.Tensor], staging: Staging
-) -> CanvasRows:
-    """How the denoiser's tokens lie in rows, the last ``num_mock_ar`` of which have no time conditioning.
-
-    ``state_indices`` as in ``CanvasRows``.
-    """
+def canvas_rows(rows: TowerRows, state_indices: Mapping[str, torch.Tensor], staging: Staging) -> CanvasRows:
+    """How the denoiser's tokens lie in rows; ``state_indices`` as in ``CanvasRows``."""
     width = int(rows.lengths.max())
-    token_of_position = position_of_token = without_context = unconditioned = None
+    token_of_position = position_of_token = without_context = None
     if (rows.lengths != width).any():
         firsts, ends = rows.query_start_loc[:-1, None], rows.query_start_loc[1:, None]
         token_of_position = staging.put(np.minimum(firsts + np.arange(width), ends - 1).ravel())
         position_of_token = staging.put(rows.spread(np.arange(len(rows)) * width))
     if not rows.starts.all():
         without_context = staging.put(rows.starts == 0)
-    if num_mock_ar:
-        unconditioned = staging.put(np.arange(len(rows)) >= len(rows) - num_mock_ar)
     row_of_token = staging.put(rows.row_of_token)
     staging.send()
     return CanvasRows(
@@ -214,28 +177,8 @@ def canvas_rows(
         token_of_position=token_of_position,
         position_of_token=position_of_token,
         state_indices=state_indices,
-        unconditioned=None if unconditioned is None else unconditioned.bool(),
         without_context=None if without_context is None else without_context.bool(),
     )
-
-
-def canvas_inputs(
-    rows: CanvasRows,
-    blocks: Blocks | None,
-    mock_ar: TowerRows,
-    table: RequestTable,
-    input_ids: torch.Tensor,
-    staging: Staging,
-) -> CanvasInputs:
-    """The denoiser's tokens and times: those of the blocks, then of ``mock_ar`` rows; ``input_ids`` (T,) are vLLM's."""
-    ids = [] if blocks is None else [blocks.input_ids]
-    time = [] if blocks is None else [blocks.times(table.strategies)]
-    if len(mock_ar):
-        newest = staging.put(mock_ar.sources)
-        staging.send()
-        ids.append(torch.cat((table.canvas.view(-1), input_ids))[newest])
-        time.append(torch.ones(len(mock_ar), device=table.device))
-    return CanvasInputs(torch.cat(ids), rows, torch.cat(time))
 
 
 def page_slots(

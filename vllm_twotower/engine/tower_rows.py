@@ -27,11 +27,6 @@ class TowerRows:
         """Some of the rows, or all in another order."""
         return TowerRows(*(getattr(self, name)[order] for name in _COLUMNS))
 
-    def followed_by(self, other: TowerRows) -> TowerRows:
-        """These rows, then the others."""
-        columns = (np.concatenate((getattr(self, name), getattr(other, name))) for name in _COLUMNS)
-        return TowerRows(*columns)
-
     @cached_property
     def query_start_loc(self) -> np.ndarray:
         """(n + 1,) int32: where each row's tokens begin."""

@@ -48,8 +48,6 @@ class CanvasRows:
     position_of_token: Tensor | None
     """(T,) int64: where each token lies in (R * S); None if no row is shorter."""
     state_indices: Mapping[str, Tensor] = field(default_factory=dict)
-    unconditioned: Tensor | None = None
-    """(R,) bool: rows without time conditioning; None if there are none."""
     without_context: Tensor | None = None
     """(R,) bool: rows before which there is no token, so no state; None if there are none."""
 
@@ -274,9 +272,6 @@ class DenoiserTower(NemotronHModel):
         x = self.embed_input_ids(input_ids)
         modulation = shared + torch.stack(tuple(tables))[:, None]  # (layers, R, 3, H)
         modulation[:, :, 1] += 1
-        if rows.unconditioned is not None:
-            neutral = modulation.new_tensor([0, 1, 1])[:, None]
-            modulation = torch.where(rows.unconditioned[:, None, None], neutral, modulation)
         for layer, (shift, scale, gate) in zip(self.layers, rows.per_token(modulation), strict=True):
             x = layer(x, shift, scale, gate, rows)
         return self.norm_f(x)

@@ -152,15 +152,10 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         """The hidden states that ``forward`` kept for the sampler, with their heads.
 
         Called again in the same step, for a prompt's log-probabilities: the context head's logits (n, V) of its hidden
-        states (n, H). If there are none (n, 0), only the last token of a ``mock_ar`` prompt was scheduled, after which
-        nothing is scored: any logits will do.
+        states (n, H).
         """
         kept, self._step_logits = self._step_logits, None
-        if kept is not None:
-            return kept
-        if hidden_states.shape[1] == 0:
-            return torch.zeros((len(hidden_states), self.config.vocab_size), device=hidden_states.device)
-        return self.context_head(hidden_states)
+        return self.context_head(hidden_states) if kept is None else kept
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Loads a checkpoint in the official key layout.

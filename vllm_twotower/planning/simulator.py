@@ -4,8 +4,7 @@ N requests are always open: where one ends, the next starts. A step does what th
 reads new prompts, the blocks that were finished in the step before, and the newest tokens of autoregressive requests,
 all in one pass; then the denoiser runs over all open canvases, up to ``passes_per_step`` times, each time over those
 that are not finished. With ``auto`` the step ends when a block is finished or an autoregressive request would wait.
-With grouped commits finished blocks wait for each other, as in the engine. The last block of a request is never
-committed. Prompts are read whole; memory is not limited.
+The last block of a request is never committed. Prompts are read whole; memory is not limited.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 
 from .cost_model import CostModel, Load, PlannedMode
 from .mode_choice import ModeChooser
-from .step_policy import AUTO_PASSES_PER_STEP, worth_a_context_pass
+from .step_policy import AUTO_PASSES_PER_STEP
 from .steps_per_block import StepsPerBlock
 
 
@@ -58,7 +57,6 @@ def simulate(
     mode: PlannedMode | ModeChooser,
     *,
     passes_per_step: int | Literal["auto"] = 1,
-    commit: Literal["lazy", "grouped"] = "lazy",
     warm_up_requests: int = 0,
     measured_requests: int = 64,
     seed: int = 0,
@@ -68,9 +66,7 @@ def simulate(
     With a :class:`ModeChooser` every request asks it for its mode when it starts. The first ``num_open`` requests
     arrive at once; unless there is no spread, they end at any token, as if they had been open for a while.
     """
-    return _Simulation(cost_model, traffic, mode, passes_per_step, commit, seed).run(
-        warm_up_requests, measured_requests
-    )
+    return _Simulation(cost_model, traffic, mode, passes_per_step, seed).run(warm_up_requests, measured_requests)
 
 
 class _Simulation:
@@ -82,12 +78,11 @@ class _Simulation:
         traffic: Traffic,
         mode: PlannedMode | ModeChooser,
         passes_per_step: int | Literal["auto"],
-        commit: Literal["lazy", "grouped"],
         seed: int,
     ):
         count = traffic.num_open
         self._cost_model, self._traffic, self._mode = cost_model, traffic, mode
-        self._passes_per_step, self._commit = passes_per_step, commit
+        self._passes_per_step = passes_per_step
         self._random = np.random.default_rng(seed)
         self._to_read = np.ones(count, bool)
         self._pending = np.zeros(count, bool)
@@ -137,10 +132,9 @@ class _Simulation:
         result.seconds += self._cost_model.hardware.seconds_per_step
         before = self._generated.copy()
         newest = self._is_ar & ~self._to_read
-        held = self._held()
-        self._read_context(newest, held)
-        denoising = ~self._is_ar & ~held
-        self._pending &= ~denoising
+        self._read_context(newest)
+        denoising = ~self._is_ar
+        self._pending[:] = False
         is_auto = self._passes_per_step == "auto"
         for count in range(AUTO_PASSES_PER_STEP if is_auto else self._passes_per_step):
             canvases = denoising & (self._passes_left > 0)
@@ -161,15 +155,9 @@ class _Simulation:
     def _context_len(self) -> np.ndarray:
         return self._traffic.prompt_tokens + self._generated
 
-    def _held(self) -> np.ndarray:
-        """The requests whose finished block waits for others."""
-        context_runs = self._to_read.any() or self._is_ar.any()
-        worth = worth_a_context_pass(int(self._pending.sum()), int((~self._is_ar).sum()))
-        return self._pending & (self._commit == "grouped" and not context_runs and not worth)
-
-    def _read_context(self, newest: np.ndarray, held: np.ndarray) -> None:
+    def _read_context(self, newest: np.ndarray) -> None:
         block = self._cost_model.canvas_length
-        tokens = self._to_read * self._traffic.prompt_tokens + (self._pending & ~held) * block + newest
+        tokens = self._to_read * self._traffic.prompt_tokens + self._pending * block + newest
         rows = tokens > 0
         if rows.any():
             in_cache = np.where(self._to_read, 0, self._context_len() - tokens)[rows].sum()

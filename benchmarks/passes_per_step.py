@@ -1,8 +1,8 @@
-"""Simulated tokens/s of mask diffusion over autoregression: when finished blocks are committed, and passes a step.
+"""Simulated tokens/s of mask diffusion over autoregression, by the most denoiser passes of an engine step.
 
 The released model on one ideal device, as ``vllm-twotower plan`` has it; nothing is measured:
 
-    python benchmarks/commit_policies.py --hardware H200
+    python benchmarks/passes_per_step.py --hardware H200
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm_twotower.planning.simulator import Traffic, simulate
 from vllm_twotower.planning.steps_per_block import StepsPerBlock
 
 STEPS = StepsPerBlock((2, 3, 4, 5, 6, 7, 8), (0.1, 0.15, 0.2, 0.2, 0.15, 0.1, 0.1))
-POLICIES = (("lazy", 1), ("lazy", 2), ("grouped", 1), ("grouped", 2))
+LIMITS = (1, 2, 4, "auto")
 
 
 def main() -> None:
@@ -28,16 +28,13 @@ def main() -> None:
     args = parser.parse_args()
 
     model = CostModel(TwoTowerConfig.from_dict(RELEASED_CONFIG), DEVICES[args.hardware])
-    names = [f"{commit}, {passes} a step" for commit, passes in POLICIES]
+    names = [f"{limit} a step" if limit != "auto" else limit for limit in LIMITS]
     print(f"| open requests | {' | '.join(names)} |\n|{'---|' * (1 + len(names))}")
     for num_open in args.open:
         traffic = Traffic(num_open, STEPS, prompt_tokens=512, output_blocks=16)
         length = {"warm_up_requests": num_open, "measured_requests": max(48, num_open)}
         ar = simulate(model, traffic, "ar", **length).tokens_per_second
-        ratios = [
-            simulate(model, traffic, "mask_diffusion", commit=commit, passes_per_step=passes, **length)
-            for commit, passes in POLICIES
-        ]
+        ratios = [simulate(model, traffic, "mask_diffusion", passes_per_step=limit, **length) for limit in LIMITS]
         figures = " | ".join(f"{result.tokens_per_second / ar:.2f}" for result in ratios)
         print(f"| {num_open} | {figures} |", flush=True)
 
