@@ -115,11 +115,11 @@ def timed_parts(llm: Any) -> Clock:
     clock.wrap(core.scheduler, "update_from_output", "update")
     clock.wrap(core.scheduler, "update_draft_token_ids", "update")
     clock.wrap(runner, "execute_model", "prepare")
-    clock.wrap(runner.model_state, "prepare_attn", "metadata")
+    clock.wrap(runner.model_state, "_plan_pass", "metadata")
     clock.wrap(runner.model, "forward", "towers")
     clock.wrap(runner.model.logits_processor, "forward", "heads")
     clock.wrap(type(runner.sampler), "__call__", "sampler")
-    clock.wrap(runner.model_state, "denoise_again", "further")
+    clock.wrap(runner.model, "run", "further")
     clock.wrap(runner, "sample_tokens", "post")
     clock.wrap(llm.llm_engine.output_processor, "process_outputs", "detokenizer")
     return clock

@@ -73,7 +73,7 @@ OVERRIDES = (
         name="freed-requests",
         members=(f"{SCHEDULER}._free_request",),
         where=f"{OUR_SCHEDULER}._free_request",
-        why="A request's kept scores go with it, and the choice of modes learns its length.",
+        why="A request's kept scores go with it.",
         sources=(f"{SCHEDULER}._free_request",),
         source_sha256={
             "0.32.0": "61b1637a303b7bb01bc57f4ca09e9422b1d6d7c987719a1aed63e6e08e353ea9",
@@ -110,10 +110,10 @@ OVERRIDES = (
         source_sha256={"0.32.0": "fcab805c8a6f296ff4fa1a2bbcdc2ab7b8f40045f306d843194d9b19614603f8"},
     ),
     Override(
-        name="worker-account",
+        name="worker-reports",
         members=("vllm.v1.outputs:ModelRunnerOutput.num_nans_in_logits",),
-        where="vllm_twotower.engine.rows:rows_work",
-        why="The worker's account of passes reaches the scheduler in it.",
+        where="vllm_twotower.engine.rows:reports",
+        why="What the worker reports of each row reaches the scheduler in it.",
         sources=(f"{RUNNER}.async_utils:AsyncOutput", f"{RUNNER}.sample.output:SamplerOutput"),
         source_sha256={
             "0.32.0": "a78175350244c24c222b714bc327da32bf2b7e822d59d96e6a6b201c093c39a4",

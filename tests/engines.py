@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from golden_data import DiffusionRun
 
@@ -19,6 +20,9 @@ from golden_data import DiffusionRun
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm import LLM, RequestOutput, SamplingParams  # noqa: E402
+
+from vllm_twotower.engine.decision import Decision  # noqa: E402
+from vllm_twotower.engine.fill import StepFill  # noqa: E402
 
 DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
@@ -127,43 +131,29 @@ class Trace:
 @contextmanager
 def traced(llm: LLM) -> Iterator[Trace]:
     """Records every denoising step while the block runs."""
-    trace, sampler, req_states = Trace(), runner(llm).sampler, runner(llm).req_states
-    denoise, call = sampler._denoise, type(sampler).__call__
+    trace, req_states = Trace(), runner(llm).req_states
+    from_logits, commit, run = Decision._from_logits, StepFill._commit, StepFill.run
+    raw = torch.empty(0)
 
-    def record(blocks, logits, output):
-        strategies = sampler._table.strategies
-        before, t, raw = blocks.canvas.clone(), blocks.times(strategies).tolist(), logits.clone()
-        whole = denoise(blocks, logits, output)
-        slots, lengths = blocks.slots.tolist(), blocks.rows.lengths.tolist()
-        for i, (slot, length, part) in enumerate(zip(slots, lengths, raw.split(lengths), strict=True)):
-            after = tuple(blocks.canvas[i, :length].tolist())
-            step = Step(t[i], tuple(before[i, :length].tolist()), after, part)
+    def keep(self, targets, logits, needs):
+        nonlocal raw
+        raw = logits.clone()
+        return from_logits(self, targets, logits, needs)
+
+    def record(self, part, predicted):
+        before, t, lengths = part.canvas.clone(), part.times().tolist(), part.rows.lengths.tolist()
+        commit(self, part, predicted)
+        for i, (slot, length, logits) in enumerate(zip(part.host_slots, lengths, raw.split(lengths), strict=True)):
+            after = tuple(part.canvas[i, :length].tolist())
+            step = Step(t[i], tuple(before[i, :length].tolist()), after, logits)
             trace.steps[req_states.index_to_req_id[slot]].append(step)
-        return whole
 
-    def count(logits, input_batch):
-        split = runner(llm).model_state._plan.split
-        busy = set(split.context.batch_rows) | set(split.blocks.batch_rows)
-        trace.partial += len(set(range(input_batch.num_reqs)) - busy)
-        return call(sampler, logits, input_batch)
+    def count(self, *args):
+        trace.partial += int((self._rows.waits & ~self._rows.is_chunk).sum())
+        run(self, *args)
 
-    runner(llm).sampler = _Spied(sampler, count)
-    sampler._denoise = record
-    try:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Decision, "_from_logits", keep)
+        monkeypatch.setattr(StepFill, "_commit", record)
+        monkeypatch.setattr(StepFill, "run", count)
         yield trace
-    finally:
-        del sampler._denoise
-        runner(llm).sampler = sampler
-
-
-class _Spied:
-    """A sampler whose call is watched; everything else is the sampler's own."""
-
-    def __init__(self, sampler: Any, call: Any):
-        self._sampler, self._call = sampler, call
-
-    def __call__(self, logits: Any, input_batch: Any) -> Any:
-        return self._call(logits, input_batch)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sampler, name)

@@ -19,10 +19,10 @@ from vllm_twotower.engine.metrics import (
     AUTO_DIFFUSION_CHOICES,
     AUTO_DIFFUSION_SECONDS,
 )
-from vllm_twotower.engine.mode_control import ModeControl
-from vllm_twotower.planning.mode_choice import ModeDecision
+from vllm_twotower.engine.mode_control import ModeControl, ModeDecision
 from vllm_twotower.reference import TwoTowerModel, generate_ar, generate_mask_diffusion
 
+Filled = dict[str, list[tuple[bool, int]]]
 CHECKPOINT = golden_data.checkpoint("A")
 
 
@@ -32,9 +32,9 @@ def reference() -> TwoTowerModel:
 
 
 @cache
-def part(context: tuple[int, ...], is_single: bool, width: int) -> tuple[int, ...]:
-    """What follows ``context``, as one block or as so many single tokens."""
-    if is_single:
+def part(context: tuple[int, ...], is_ar: bool, width: int) -> tuple[int, ...]:
+    """What follows ``context``, so many tokens from the context tower or a block from the denoiser."""
+    if is_ar:
         return tuple(generate_ar(reference(), context, width).tokens)
     return tuple(generate_mask_diffusion(reference(), context, width, block_size=width).tokens)
 
@@ -58,30 +58,31 @@ def llm() -> Iterator[LLM]:
 
 
 @pytest.fixture
-def choices(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[bool]]:
-    """The choices of each request, in order: whether it went on token by token."""
+def filled(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Filled:
+    """What each step returned of each request: whether the context tower filled it, and how many tokens."""
     scheduler, made = core(llm).scheduler, defaultdict(list)
-    choose = scheduler._choose
+    measure = scheduler._measure
 
-    def record(row):
-        choose(row)
-        [name] = [name for name, known in scheduler._rows.items() if known is row]
-        made[name.split("-")[0]].append(row.is_single)
+    def record(of_rows, starts):
+        for name, (_, count) in of_rows.items():
+            if count and scheduler._rows[name].options.mode == "auto":
+                made[name.split("-")[0]].append((scheduler._rows[name].is_ar, count))
+        measure(of_rows, starts)
 
-    monkeypatch.setattr(scheduler, "_choose", record)
+    monkeypatch.setattr(scheduler, "_measure", record)
     return made
 
 
 def at_random(monkeypatch: pytest.MonkeyPatch, share_of_ar: float) -> None:
     rng = random.Random(0)
 
-    def choose(self, step, num_open, context_len):
+    def choose(self, step, num_open):
         return ModeDecision("ar" if rng.random() < share_of_ar else "mask_diffusion", "at random", 1.0, 1.0)
 
     monkeypatch.setattr(ModeControl, "choose", choose)
 
 
-def test_switches_at_any_border(llm: LLM, choices: dict[str, list[bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switches_at_any_border(llm: LLM, filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of all lengths, some in chunks, beside plain requests of both modes; each choice follows each other."""
     at_random(monkeypatch, 0.5)
     prompts = [random_prompt(1 + 13 * i, i) for i in range(16)]
@@ -96,15 +97,16 @@ def test_switches_at_any_border(llm: LLM, choices: dict[str, list[bool]], monkey
     outputs = generate(llm, prompts + prompts[:1], params + others)
     pairs = set()
     for prompt, width, param, output in zip(prompts, widths, params, outputs, strict=False):
-        made, tokens = choices[output.request_id], ()
-        for is_single in made:
-            tokens += part(prompt + tokens, is_single, width)
+        made, tokens = filled[output.request_id], ()
+        for is_ar, count in made:
+            assert is_ar or count == width
+            tokens += part(prompt + tokens, is_ar, count)
         assert tokens_of([output]) == [tokens[: param.max_tokens]]
-        pairs |= set(zip(made, made[1:], strict=False))
+        pairs |= {(before, after) for (before, _), (after, _) in zip(made, made[1:], strict=False)}
     assert pairs == {(False, False), (False, True), (True, False), (True, True)}
 
 
-def test_text_of_both_modes_is_found(llm: LLM, choices: dict[str, list[bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_of_both_modes_is_found(llm: LLM, filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
     """A next turn reads the pages that blocks and single tokens filled; these lie across the pages' ends."""
     at_random(monkeypatch, 0.5)
     prompts = [random_prompt(121 - 3 * i, 50 + i) for i in range(8)]
@@ -113,8 +115,8 @@ def test_text_of_both_modes_is_found(llm: LLM, choices: dict[str, list[bool]], m
     longer = []
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens = ()
-        for is_single in choices[output.request_id]:
-            tokens += part(prompt + tokens, is_single, 16)
+        for is_ar, count in filled[output.request_id]:
+            tokens += part(prompt + tokens, is_ar, count)
         assert tokens_of([output]) == [tokens[:60]]
         longer.append(prompt + tokens[:60])
     plain = SamplingParams(temperature=0, ignore_eos=True, max_tokens=16, extra_args={"diffusion_mode": "ar"})
@@ -126,9 +128,9 @@ def test_text_of_both_modes_is_found(llm: LLM, choices: dict[str, list[bool]], m
 def test_preempted_requests_go_on(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """All requests are thrown out again and again; with one mode throughout the tokens are that mode's."""
     scheduler, engine = core(llm).scheduler, llm.llm_engine
-    for share, single in ((0.0, False), (1.0, True)):
+    for share, is_ar in ((0.0, False), (1.0, True)):
         at_random(monkeypatch, share)
-        prompts = {f"{single}{i}": random_prompt(20 + 9 * i, i) for i in range(4)}
+        prompts = {f"{is_ar}{i}": random_prompt(20 + 9 * i, i) for i in range(4)}
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=48)
         for name, prompt in prompts.items():
             engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
@@ -141,27 +143,30 @@ def test_preempted_requests_go_on(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> 
         for name, prompt in prompts.items():
             tokens = ()
             for _ in range(3):
-                tokens += part(prompt + tokens, single, 16)
+                tokens += part(prompt + tokens, is_ar, 16)
             assert tokens_of([outputs[name]]) == [tokens]
 
 
-def test_the_engine_chooses_and_says_why(llm: LLM, choices: dict[str, list[bool]]) -> None:
+def test_the_engine_chooses_and_says_why(llm: LLM, filled: Filled) -> None:
     """With its own choice, the metrics count the choices and give the predictions they rest on."""
     before = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=96)
-    for count in (1, 8):
+    counts = (1, 1, 1, 1, 8)
+    for count in counts:
         generate(llm, [random_prompt(9, i) for i in range(count)], [params] * count)
     after = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    made = [is_single for of_request in choices.values() for is_single in of_request]
-    assert after[AUTO_AR_CHOICES] - before[AUTO_AR_CHOICES] == sum(made)
-    assert after[AUTO_DIFFUSION_CHOICES] - before[AUTO_DIFFUSION_CHOICES] == len(made) - sum(made)
+    made = [is_ar for of_request in filled.values() for is_ar, _ in of_request]
+    # Every return is followed by a choice, and every request starts with one.
+    assert after[AUTO_AR_CHOICES] - before[AUTO_AR_CHOICES] >= sum(made) > 0
+    new = sum(after[name] - before[name] for name in (AUTO_AR_CHOICES, AUTO_DIFFUSION_CHOICES))
+    assert new == len(made) + sum(counts)
     assert after[AUTO_AR_SECONDS] > 0
     assert after[AUTO_DIFFUSION_SECONDS] > 0
 
 
-def test_a_grammar_means_token_by_token(llm: LLM, choices: dict[str, list[bool]]) -> None:
+def test_a_grammar_means_token_by_token(llm: LLM, filled: Filled) -> None:
     grammar = StructuredOutputsParams(choice=["ab", "cd"])
     params = SamplingParams(temperature=0, max_tokens=20, structured_outputs=grammar)
     [output] = generate(llm, [(5, 6, 7)], [params])
     assert output.outputs[0].text in ("ab", "cd")
-    assert not choices
+    assert not filled

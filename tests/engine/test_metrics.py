@@ -27,6 +27,7 @@ from vllm_twotower.engine.metrics import (
     STEPS_BUCKETS,
     STEPS_PER_BLOCK,
 )
+from vllm_twotower.model.denoiser import CONTEXT_PREFIX
 from vllm_twotower.reference import TwoTowerModel, generate_mask_diffusion
 from vllm_twotower.reference.generate import Generation
 
@@ -129,30 +130,27 @@ class Counted:
 def counted(llm: LLM) -> Iterator[Counted]:
     """Reads the metrics before and after, and the plan of every step in between."""
     state, before = runner(llm).model_state, figures(llm)
-    prepare, again, result = state.prepare_attn, state.denoise_again, Counted({}, Counter())
+    plan_pass, result = state._plan_pass, Counted({}, Counter())
 
-    def denoised(rows: Any) -> None:
-        result.ran["denoiser passes"] += len(rows)
-        result.ran["canvas positions"] += rows.num_tokens
+    def record(step: Any) -> Any:
+        is_first = step.plan is None
+        plan = plan_pass(step)
+        if plan.context is not None:
+            metadata = next(found for layer, found in plan.metadata.items() if CONTEXT_PREFIX in layer)
+            result.ran["context passes"] += len(metadata.seq_lens)
+        if plan.canvas is not None:
+            result.ran["denoiser passes"] += len(plan.canvas.time)
+            result.ran["canvas positions"] += len(plan.canvas.input_ids)
+            result.ran["further passes"] += 0 if is_first else len(plan.canvas.time)
+        if is_first:
+            result.ran["idle rows"] += int((step.rows.waits & ~step.rows.is_chunk).sum())
+        return plan
 
-    def record(input_batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        metadata = prepare(input_batch, *args, **kwargs)
-        split = state._plan.split
-        result.ran["context passes"] += len(split.context)
-        denoised(split.blocks)
-        result.ran["idle rows"] += input_batch.num_reqs - len({*split.context.batch_rows, *split.blocks.batch_rows})
-        return metadata
-
-    def record_again(blocks: Any, changed: bool) -> Any:
-        denoised(blocks.rows)
-        result.ran["further passes"] += len(blocks)
-        return again(blocks, changed)
-
-    state.prepare_attn, state.denoise_again = record, record_again
+    state._plan_pass = record
     try:
         yield result
     finally:
-        del state.prepare_attn, state.denoise_again
+        del state._plan_pass
     result.grew = {name: value - before[name] for name, value in figures(llm).items()}
 
 

@@ -86,7 +86,7 @@ def test_engine_seed_repeats_requests_without_one() -> None:
     ids = ("0-1a2b3c4d", "0-5e6f7a8b", "1-1a2b3c4d")  # the first two are one request in two runs
     seeds = []
     for seed in (0, 7):
-        table = RequestTable(3, EngineOptions(seed=seed), 320, torch.device("cpu"))
+        table = RequestTable(3, 256, EngineOptions(seed=seed), 320, torch.device("cpu"))
         for slot, name in enumerate(ids):
             table.add(slot, name, params)
         seeds.append(table.options.seed.tolist())

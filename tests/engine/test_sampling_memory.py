@@ -7,10 +7,13 @@ from typing import Any
 
 import engines
 import golden_data
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from vllm import SamplingParams
+
+from vllm_twotower.engine.fill import StepFill
 
 VOCABULARY = 320
 
@@ -42,7 +45,7 @@ class PeakMemory(TorchDispatchMode):
         self._now -= size
 
 
-def test_no_request_takes_more_than_was_profiled() -> None:
+def test_no_request_takes_more_than_was_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
     demanding = [
         {"temperature": 0.7},
         {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.1},
@@ -55,19 +58,23 @@ def test_no_request_takes_more_than_was_profiled() -> None:
         hidden_states = runner._dummy_run(256, skip_attn=True, is_profile=True)[1]
         with PeakMemory() as profiled:
             runner._dummy_sampler_run(hidden_states)
-        sampler, measured = runner.sampler, []
+        measured = []
 
-        def call(logits: Any, input_batch: Any) -> Any:
-            with PeakMemory() as used:
-                result = type(sampler).__call__(sampler, logits, input_batch)
-            measured.append(used.peak)
-            return result
+        def watch(name: str) -> None:
+            sample = getattr(StepFill, name)
 
-        runner.sampler = engines._Spied(sampler, call)
+            def watched(*args: Any) -> None:
+                with PeakMemory() as used:
+                    sample(*args)
+                measured.append(used.peak)
+
+            monkeypatch.setattr(StepFill, name, watched)
+
+        watch("add_next_tokens")
+        watch("denoise")
         for mode in ("mask_diffusion", "ar"):
             for options in demanding:
                 params = SamplingParams(max_tokens=16, ignore_eos=True, extra_args={"diffusion_mode": mode}, **options)
                 engines.generate(llm, [list(range(5, 35))] * 8, [params] * 8)
-        runner.sampler = sampler
     assert len(measured) > 50
     assert profiled.peak >= max(measured)

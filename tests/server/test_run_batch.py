@@ -20,7 +20,6 @@ GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
 OPTIONS = (
     GREEDY,
     {**GREEDY, "extra_args": {"diffusion_mode": "ar"}},
-    {**GREEDY, "extra_args": {"diffusion_mode": "auto"}},
     {**GREEDY, "extra_args": {"diffusion_confidence_threshold": 0.5, "diffusion_canvas_length": 8}},
     {"temperature": 0.8, "max_tokens": 24, "seed": 5, "n": 2},
 )

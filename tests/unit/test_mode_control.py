@@ -2,99 +2,110 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import golden_data
 import pytest
 
 pytest.importorskip("vllm")
-from vllm import EngineArgs
-
-import vllm_twotower
-from vllm_twotower.config import EngineOptions
 from vllm_twotower.engine import mode_control
-from vllm_twotower.engine.mode_control import MIN_DWELL, ModeControl
-from vllm_twotower.engine.rows import RowWork
+from vllm_twotower.engine.mode_control import (
+    BLOCKS_BETWEEN_TRIES,
+    BLOCKS_TO_TRY,
+    HOPELESS,
+    MARGIN,
+    MIN_DWELL,
+    BlockMode,
+    ModeControl,
+)
 
-
-def made_control() -> ModeControl:
-    vllm_twotower.register()
-    arguments = {"model": str(golden_data.checkpoint("A")), "dtype": "float32", "max_model_len": 256}
-    config = EngineArgs(**arguments).create_engine_config()
-    return ModeControl(config, EngineOptions.of(config.model_config))
+WIDTH = 16
 
 
 class Engine:
-    """Steps of eight requests, in whatever mode is chosen, that take as long as ``seconds`` says."""
+    """Steps of so many requests, in whatever mode is chosen, a block each in ``seconds[mode]``."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], passes: int = 4):
-        self.control = made_control()
-        self.seconds, self.passes, self.step, self.now = seconds, passes, 0, 0.0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[BlockMode, float]):
+        self.control, self.seconds, self.step, self.now = ModeControl(WIDTH), seconds, 0, 0.0
         monkeypatch.setattr(mode_control.time, "perf_counter", lambda: self.now)
 
-    def run(self, steps: int) -> list[str]:
-        """The modes chosen."""
+    def run(self, steps: int, num_open: int = 8, passes: int = 4) -> list[BlockMode]:
+        """The modes chosen; a block takes so many steps of the denoiser, or one of the context tower."""
         modes = []
         for _ in range(steps):
             self.step += 1
-            mode = self.control.choose(self.step, 8, 50.0).mode
-            work = RowWork(50, 1, 0, 16, 1) if mode == "ar" else RowWork(50, 0, 1, 16, 0)
-            blocks = [] if mode == "ar" or self.step % self.passes else [self.passes] * 8
+            mode = self.control.choose(self.step, num_open).mode
             self.control.step_starts()
-            self.now += self.seconds[mode]
-            self.control.step_ends([work] * 8, blocks)
+            if mode == "ar":
+                self.now += self.seconds[mode]
+                self.control.step_ends(num_open, 0, num_open * WIDTH)
+            else:
+                self.now += self.seconds[mode] / passes
+                self.control.step_ends(0, num_open, 0 if self.step % passes else num_open * WIDTH)
             modes.append(mode)
         return modes
 
 
-@pytest.mark.parametrize(
-    ("seconds", "faster"),
-    [({"ar": 0.01, "mask_diffusion": 0.02}, "mask_diffusion"), ({"ar": 0.01, "mask_diffusion": 0.1}, "ar")],
-    ids=["diffusion", "ar"],
-)
-def test_the_faster_mode_is_found(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], faster: str) -> None:
-    """16 steps of 10 ms against 4 of 20 or 100 ms."""
-    engine = Engine(monkeypatch, seconds)
-    assert set(engine.run(10 * MIN_DWELL)[-5 * MIN_DWELL :]) == {faster}
+def blocks_of(modes: list[BlockMode], mode: BlockMode) -> int:
+    return modes.count(mode) if mode == "ar" else modes.count(mode) // 4
+
+
+@pytest.mark.parametrize("faster", ["ar", "mask_diffusion"])
+def test_the_faster_mode_is_found(monkeypatch: pytest.MonkeyPatch, faster: BlockMode) -> None:
+    """After a few blocks in either; if it is far slower, the other one is never tried again."""
+    engine = Engine(monkeypatch, {"ar": 0.1, "mask_diffusion": 0.1} | {faster: 0.1 / HOPELESS / 1.5})
+    engine.run(10 * BLOCKS_TO_TRY)
+    assert set(engine.run(8 * BLOCKS_BETWEEN_TRIES)) == {faster}
     assert engine.control.take_changes() <= 2
     assert engine.control.take_changes() == 0
 
 
-def test_a_change_of_the_machine_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"ar": 0.01, "mask_diffusion": 0.02}
-    engine = Engine(monkeypatch, seconds)
-    assert engine.run(10 * MIN_DWELL)[-1] == "mask_diffusion"
-    seconds["mask_diffusion"] = 0.2
-    assert engine.run(10 * MIN_DWELL)[-1] == "ar"
+def test_each_load_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, {"ar": 0.1, "mask_diffusion": 0.01})
+    engine.run(10 * BLOCKS_TO_TRY, num_open=1)
+    engine.seconds.update(ar=0.01, mask_diffusion=0.1)
+    engine.run(10 * BLOCKS_TO_TRY, num_open=16)
+    assert engine.run(4 * MIN_DWELL, num_open=16)[-1] == "ar"
+    assert engine.run(4 * MIN_DWELL, num_open=1)[-1] == "mask_diffusion"
+
+
+@pytest.mark.parametrize("slower", ["ar", "mask_diffusion"])
+def test_a_change_of_the_machine_is_followed(monkeypatch: pytest.MonkeyPatch, slower: BlockMode) -> None:
+    """In the mode that is used at once, in the other one when it is tried again, which it is rarely."""
+    engine = Engine(monkeypatch, {"ar": 0.1, "mask_diffusion": 0.1} | {slower: 0.15})
+    engine.run(10 * BLOCKS_TO_TRY)
+    tried = engine.run(4 * BLOCKS_BETWEEN_TRIES)
+    assert 0 < blocks_of(tried, slower) < 0.1 * BLOCKS_BETWEEN_TRIES
+    engine.seconds[slower] = 0.05
+    assert engine.run(6 * BLOCKS_BETWEEN_TRIES)[-1] == slower
+
+
+def test_small_differences_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, {"ar": 0.1, "mask_diffusion": 0.1})
+    engine.run(10 * BLOCKS_TO_TRY)
+    engine.control.take_changes()
+    engine.seconds["ar"] = 0.1 * (1 - MARGIN / 2)
+    engine.run(BLOCKS_BETWEEN_TRIES // 2)
+    assert engine.control.take_changes() == 0
 
 
 def test_one_decision_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many requests are at a border."""
+    """However many requests start a block."""
     control = Engine(monkeypatch, {}).control
-    first = control.choose(1, 8, 50.0)
-    assert control.choose(1, 1, 500.0) is first
-    assert control.choose(2, 1, 500.0) is not first
+    first = control.choose(1, 8)
+    assert control.choose(1, 1) is first
+    assert control.choose(2, 1) is not first
 
 
-def test_unused_ends_of_blocks_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts of 17 tokens take two blocks of 16."""
+def test_steps_of_both_modes_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     control = Engine(monkeypatch, {}).control
-    load: Any = control._load(8, 50.0)
-    assert (load.block_use, load.prompt_tokens) == (1.0, 0.0)
-    for _ in range(100):
-        control.request_ends(prompt_tokens=30, output_tokens=17)
-    control.request_ends(prompt_tokens=30, output_tokens=0)  # aborted before its first token
-    load = control._load(8, 50.0)
-    assert (load.prompt_tokens, load.output_tokens) == pytest.approx((30, 17))
-    assert load.block_use == pytest.approx(17 / 32)
+    control.step_ends(3, 5, 128)
+    control.step_ends(0, 0, 0)
+    assert (control.choose(1, 8).ar_seconds, control.choose(1, 8).diffusion_seconds) == (0, 0)
 
 
 def test_a_step_in_which_it_is_made_is_measured_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first ``auto`` request arrives while a step is scheduled."""
-    now, measured = [5000.0], []
+    now = [5000.0]
     monkeypatch.setattr(mode_control.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(mode_control.HardwareFit, "add", lambda self, work, seconds, forget: measured.append(seconds))
-    control = made_control()
+    control = ModeControl(WIDTH)
     now[0] += 0.25
-    control.step_ends([RowWork(50, 1, 0, 16, 1)], [])
-    assert measured == [0.25]
+    control.step_ends(1, 0, WIDTH)
+    assert control.choose(1, 1).ar_seconds == pytest.approx(0.25)

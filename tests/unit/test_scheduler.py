@@ -29,12 +29,11 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_twotower
 from vllm_twotower.engine.metrics import GAUGES, HELP, STEPS_PER_BLOCK, RequestDenoisingMetrics, StepCosts, TwoTowerProm
-from vllm_twotower.engine.mode_control import ModeControl
 from vllm_twotower.engine.prefix_cache import check_page_size
+from vllm_twotower.engine.report import Report
 from vllm_twotower.engine.scheduler import TwoTowerScheduler
 from vllm_twotower.engine.vllm_config import SCHEDULER_CLS
 from vllm_twotower.patches.registry import TWO_TOWER_ARCHITECTURE
-from vllm_twotower.planning.mode_choice import ModeDecision
 
 WIDTH = 16
 PAGE = 16
@@ -120,10 +119,10 @@ def step(
     sampled: dict[str, int],
     scores: dict[str, LogprobsTensors] | None = None,
     token_scores: dict[str, torch.Tensor] | None = None,
-    passes: dict[str, int] | None = None,
+    reports: dict[str, Report] | None = None,
     abort_meanwhile: str | None = None,
 ) -> dict[str, EngineCoreOutput]:
-    """One step in which requests sample so many tokens, and the worker returns prompt scores and passes of some."""
+    """One step in which requests sample so many tokens, and the worker returns prompt scores and reports of some."""
     scheduled = made.schedule()
     names = list(scheduled.num_scheduled_tokens)
     if abort_meanwhile is not None:
@@ -136,7 +135,7 @@ def step(
             sampled_token_ids=[[9] * sampled.get(name, 0) for name in names],
             prompt_logprobs_dict=dict(scores or {}),
             prompt_token_id_logprobs_dict=dict(token_scores or {}),
-            num_nans_in_logits=dict(passes or {}),
+            num_nans_in_logits={name: report.packed for name, report in (reports or {}).items()},
         ),
     )
     made.update_draft_token_ids(DraftTokenIds(names, [[3] * WIDTH for _ in names]))
@@ -198,15 +197,15 @@ def test_preempted_passes_are_in_no_block(made: TwoTowerScheduler) -> None:
         return stats
 
     made.make_stats = record
-    first, again, whole = {"a": 3}, {"a": 2}, {"a": 4}  # context and denoiser; denoiser once; twice
-    for passes in (first, again, again):
-        step(made, {}, passes=passes)
+    first, again, whole = ({"a": Report(*passes, WIDTH)} for passes in ((1, 1), (0, 1), (0, 2)))
+    for reports in (first, again, again):
+        step(made, {}, reports=reports)
     made.reset_prefix_cache(reset_running_requests=True)
-    step(made, {}, passes=first)
-    step(made, {"a": WIDTH}, passes=again)
+    step(made, {}, reports=first)
+    step(made, {"a": WIDTH}, reports=again)
     made.reset_prefix_cache(reset_running_requests=True)
-    step(made, {}, passes={"a": 1})
-    output = step(made, {"a": WIDTH}, passes=whole)["a"]
+    step(made, {}, reports={"a": Report(1)})
+    output = step(made, {"a": WIDTH}, reports=whole)["a"]
     assert [costs.context_passes for costs in sent] == [1, 0, 0, 1, 0, 1, 0]
     assert [costs.denoiser_passes for costs in sent] == [1, 1, 1, 1, 1, 0, 2]
     assert [costs.steps_per_block for costs in sent if costs.steps_per_block] == [[2], [2]]
@@ -216,7 +215,7 @@ def test_preempted_passes_are_in_no_block(made: TwoTowerScheduler) -> None:
 def test_a_block_may_be_whole_in_the_prompts_last_step(made: TwoTowerScheduler) -> None:
     """It lies in pages reserved beyond the prompt, and counts as computed like any other block."""
     add(made, "a", 5, max_tokens=2 * WIDTH)
-    output = step(made, {"a": WIDTH}, passes={"a": 3})["a"]
+    output = step(made, {"a": WIDTH}, reports={"a": Report(1, 1, WIDTH, WIDTH)})["a"]
     assert len(output.new_token_ids) == WIDTH
     assert made.requests["a"].num_computed_tokens == 5 + WIDTH
     assert made.schedule().num_scheduled_tokens == {"a": WIDTH}
@@ -243,12 +242,13 @@ def test_few_blocks_let_many_prompts_in() -> None:
     assert made.schedule().num_scheduled_tokens == {"first": WIDTH, **late}
 
 
-def test_autoregressive_requests_have_no_drafts(made: TwoTowerScheduler) -> None:
+def test_drafts_stand_for_the_tokens_to_come(made: TwoTowerScheduler) -> None:
+    """A canvas for the denoiser, one for any number of tokens of the context tower."""
     for mode in ("mask_diffusion", "ar"):
         add(made, mode, 5, max_tokens=2, mode=mode)
     step(made, {"ar": 1})
     drafts = {name: len(request.spec_token_ids) for name, request in made.requests.items()}
-    assert drafts == {"mask_diffusion": WIDTH, "ar": 0}
+    assert drafts == {"mask_diffusion": WIDTH, "ar": 1}
     assert made.schedule().num_scheduled_tokens == {"mask_diffusion": WIDTH, "ar": 1}
 
 
@@ -262,7 +262,7 @@ def test_pages_are_cached_once_they_were_read() -> None:
     add(made, "a", PAGE + 4, max_tokens=4 * WIDTH)
     pages = []
     for sampled in (0, 0, WIDTH, 0, WIDTH, WIDTH, WIDTH):
-        step(made, {"a": sampled}, passes={"a": 3})
+        step(made, {"a": sampled}, reports={"a": Report(1, 1, WIDTH, unread=sampled)})
         pages.append(cached_pages(made))
     assert pages == [1, 1, 1, 1, 2, 2, 4]
 
@@ -272,7 +272,8 @@ def test_an_unread_block_is_not_cached(event: str) -> None:
     made = scheduler(enable_prefix_caching=True)
     add(made, "a", 2 * PAGE - 4, max_tokens=4 * WIDTH)
     step(made, {})
-    step(made, {"a": WIDTH})
+    block = {"a": Report(0, 1, WIDTH, unread=WIDTH)}
+    step(made, {"a": WIDTH}, reports=block)
     if event == "preempted":
         made._preempt_request(made.running.pop(), 0)
     elif event == "aborted":
@@ -281,8 +282,8 @@ def test_an_unread_block_is_not_cached(event: str) -> None:
         step(made, {}, abort_meanwhile="a")
     else:
         made.requests["a"].spec_token_ids = [3] * (WIDTH - 1)
-        step(made, {})
-        step(made, {})
+        step(made, {}, reports=block)
+        step(made, {}, reports=block)
     assert cached_pages(made) == 1
 
 
@@ -306,26 +307,16 @@ def test_a_chunk_preempted_in_its_step_is_not_cached() -> None:
     assert cached_pages(made) == 5
 
 
-def test_an_autoregressive_requests_pages() -> None:
-    """Its newest token is not among the computed ones; the prompt's page is found at once."""
+def test_pages_of_the_context_towers_blocks() -> None:
+    """The last token of a block is read in the next step."""
     made = scheduler(enable_prefix_caching=True)
-    add(made, "ar", PAGE, max_tokens=3, mode="ar")
-    for _ in range(3):
-        step(made, {"ar": 1})
-        assert cached_pages(made) == 1
-
-
-def test_single_tokens_of_an_auto_request_are_read_a_step_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    decision = ModeDecision("ar", "as told", 1.0, 1.0)
-    monkeypatch.setattr(ModeControl, "choose", lambda self, *args: decision)
-    made = scheduler(enable_prefix_caching=True)
-    add(made, "a", PAGE - 1, max_tokens=5, mode="auto")
+    add(made, "a", PAGE - 1, max_tokens=3 * PAGE, mode="ar")
     pages = []
-    for _ in range(3):
-        step(made, {"a": 1}, passes={"a": 1})
+    for sampled in (1, 2, WIDTH, WIDTH):
+        step(made, {"a": sampled}, reports={"a": Report(sampled, unread=1)})
         pages.append(cached_pages(made))
-    assert made.requests["a"].num_computed_tokens == PAGE + 2
-    assert pages == [0, 0, 1]
+    assert made.requests["a"].num_computed_tokens == PAGE + 2 + 2 * WIDTH
+    assert pages == [0, 0, 1, 2]
 
 
 def test_pages_hold_two_canvases() -> None:

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.sampling_params import SamplingParams
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+from .targets import Targets
 
 _BUILT_IN = (LogitBiasState, PenaltiesState, BadWordsState)  # logit_rules.py has these
 
@@ -41,39 +42,22 @@ class CustomLogitsProcessors:
         for processor in self._processors:
             processor.apply_staged_writes()
 
-    def apply(
-        self,
-        logits: Tensor,
-        host_slots: np.ndarray,
-        starts: np.ndarray,
-        row_of_token: np.ndarray,
-        columns: np.ndarray,
-        canvas: Tensor | None,
-    ) -> None:
-        """Changes fp32 logits (T, V) in place.
-
-        The T tokens lie at ``columns`` (T,) behind position ``starts`` (R,) of R rows, those of the requests
-        ``host_slots`` (R,); ``canvas`` (R, S) has what stands there, where a row has more than one.
-        """
-        if not self.applies[host_slots].any():
-            return
-        device = logits.device
-        slots, row, column, first = (
-            async_tensor_h2d(values, device=device) for values in (host_slots, row_of_token, columns, starts)
-        )
-        expanded = slots[row]
-        position = first[row] + column - 1
+    def apply(self, logits: Tensor, targets: Targets) -> None:
+        """Changes the fp32 logits (T, V) of the targets' positions in place."""
+        position = targets.starts[targets.row] + targets.column - 1
+        expanded = targets.slots[targets.row]
         input_ids = self._text.gpu[expanded, position.clamp(min=0)].long()
-        if canvas is not None:
-            input_ids = torch.where(column > 0, canvas[row, (column - 1).clamp(min=0)], input_ids)
+        if targets.canvas is not None:
+            before = targets.canvas[targets.row, (targets.column - 1).clamp(min=0)]
+            input_ids = torch.where(targets.column > 0, before, input_ids)
         context = LogitsContext(
             expanded_idx_mapping=expanded.int(),
-            idx_mapping=slots.int(),
-            idx_mapping_np=host_slots,
-            expanded_local_pos=column.int(),
+            idx_mapping=targets.slots.int(),
+            idx_mapping_np=targets.host_slots,
+            expanded_local_pos=targets.column.int(),
             input_ids=input_ids.int(),
             pos=position,
-            seq_lens_upper_bound_np=starts + np.bincount(row_of_token, minlength=len(starts)),
+            seq_lens_upper_bound_np=targets.rows.ends,
         )
         for processor in self._processors:
             changed = processor.apply(logits, context)

@@ -30,11 +30,11 @@ HELP = {
     FORCED_BLOCKS: "Number of finished blocks that took all the denoising steps their request allows.",
     NOT_FINITE: "Number of requests that ended with an error because their logits were not finite.",
     STEPS_PER_BLOCK: "Histogram of denoising steps per finished block.",
-    AUTO_AR_CHOICES: "Number of blocks that requests with diffusion_mode 'auto' started token by token.",
-    AUTO_DIFFUSION_CHOICES: "Number of blocks that requests with diffusion_mode 'auto' started by mask diffusion.",
+    AUTO_AR_CHOICES: "Number of times that requests with diffusion_mode 'auto' went on token by token.",
+    AUTO_DIFFUSION_CHOICES: "Number of times that requests with diffusion_mode 'auto' went on by mask diffusion.",
     AUTO_MODE_CHANGES: "Number of times that diffusion_mode 'auto' went from one mode to the other.",
-    AUTO_AR_SECONDS: "Predicted seconds for a block of every open request token by token, at the last choice.",
-    AUTO_DIFFUSION_SECONDS: "Predicted seconds for a block of every open request by diffusion, at the last choice.",
+    AUTO_AR_SECONDS: "Seconds for a block of every open request token by token, measured before the last choice.",
+    AUTO_DIFFUSION_SECONDS: "Seconds for a block of every open request by diffusion, measured before the last choice.",
 }
 GAUGES = (AUTO_AR_SECONDS, AUTO_DIFFUSION_SECONDS)
 STEPS_BUCKETS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64]
@@ -47,9 +47,9 @@ class StepCosts:
     A pass is one tower's run over one row. ``denoiser_passes`` looked at ``canvas_positions`` positions;
     ``steps_per_block`` has the denoiser passes of each block that was finished, ``forced_blocks`` counts those that
     took all that their request allows, and ``committed_tokens`` are the tokens of all of them. ``not_finite`` requests
-    ended because their logits were not. ``auto`` requests chose
-    their mode for ``auto_ar`` and ``auto_diffusion`` blocks, and the mode changed ``auto_changes`` times;
-    ``auto_ar_us`` and ``auto_diffusion_us`` are the predicted microseconds of the last choice, 0 without one.
+    ended because their logits were not. ``auto`` requests chose ``auto_ar`` times the one mode and ``auto_diffusion``
+    times the other, and the choice changed ``auto_changes`` times; ``auto_ar_us`` and ``auto_diffusion_us`` are the
+    microseconds that it rests on, 0 without one.
     """
 
     denoiser_passes: int = 0
@@ -163,7 +163,7 @@ class TwoTowerProm(SpecDecodingProm):
         self._metrics[AUTO_AR_CHOICES][engine_idx].inc(costs.auto_ar)
         self._metrics[AUTO_DIFFUSION_CHOICES][engine_idx].inc(costs.auto_diffusion)
         self._metrics[AUTO_MODE_CHANGES][engine_idx].inc(costs.auto_changes)
-        if costs.auto_ar_us:
+        if costs.auto_ar or costs.auto_diffusion:
             self._metrics[AUTO_AR_SECONDS][engine_idx].set(costs.auto_ar_us * 1e-6)
             self._metrics[AUTO_DIFFUSION_SECONDS][engine_idx].set(costs.auto_diffusion_us * 1e-6)
         for steps in costs.steps_per_block:

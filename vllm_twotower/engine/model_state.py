@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
@@ -25,18 +25,20 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_twotower.config import EngineOptions
 from vllm_twotower.model.denoiser import DENOISER_PREFIX, CanvasRows
+from vllm_twotower.model.step_logits import StepLogits
 
-from .blocks import Blocks
-from .prefix_cache import commit_interval, move_states, state_block_size, state_column
+from .pass_buffers import DeviceRows, PassBuffers
+from .pass_plan import CanvasInputs, ContextInputs, PassPlan
+from .prefix_cache import commit_interval, move_states, state_block_size
 from .request_table import RequestTable
 from .sampler import TwoTowerSampler
-from .staging import Staging
-from .step_plan import CanvasInputs, StepPlan, canvas_rows, context_inputs, page_slots, split_rows
+from .step_rows import StepRows
+from .targets import Canvases, NextTokens
 from .tower_rows import TowerRows
 
 
 class TwoTowerModelState(ModelState):
-    """Keeps the requests' canvases and turns vLLM's batch into a :class:`StepPlan` in every step."""
+    """Turns vLLM's batch into :class:`StepRows` in every step, and these into the passes of the towers."""
 
     num_new_sampled_tokens_per_step = 0
 
@@ -45,21 +47,18 @@ class TwoTowerModelState(ModelState):
     ):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.options = EngineOptions.of(self.model_config)
-        self.table = RequestTable(self.max_num_reqs, self.options, self.model_config.get_vocab_size(), device)
-        self.staging = Staging(device)
-        self._plan: StepPlan | None = None
+        vocab_size = self.model_config.get_vocab_size()
+        self.table = RequestTable(self.max_num_reqs, self.max_model_len, self.options, vocab_size, device)
+        self._buffers = PassBuffers(self.max_num_reqs, device)
+        self._step: _Step | None = None
 
     def custom_sampler(self, sampler: Sampler) -> tuple[TwoTowerSampler, None]:
+        self._req_states = sampler.req_states
         return TwoTowerSampler(sampler, self, self.model_config), None
-
-    def take_plan(self) -> StepPlan | None:
-        """The plan of this step, once; none while memory is profiled."""
-        plan, self._plan = self._plan, None
-        return plan
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Notes which block table each Mamba layer's states are in, and the page sizes."""
-        self._block_sizes = block_tables.block_sizes
+        self._kv_cache_config, self._block_sizes = kv_cache_config, block_tables.block_sizes
         self._state_block_size = state_block_size(kv_cache_config, self.max_model_len)
         self._commit_interval = commit_interval(kv_cache_config, self.max_model_len)
         groups = enumerate(kv_cache_config.kv_cache_groups)
@@ -80,8 +79,8 @@ class TwoTowerModelState(ModelState):
         return {}
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        """The plan that :meth:`prepare_attn` made for this step; none while memory is profiled."""
-        return {"plan": self._plan}
+        """The first pass of the step; none while memory is profiled."""
+        return {"plan": None if self._step is None else self._step.plan}
 
     def prepare_attn(
         self,
@@ -94,140 +93,195 @@ class TwoTowerModelState(ModelState):
         for_capture: bool = False,
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
-        """Plans the step and builds each tower's attention metadata on its own rows; keyed by layer name."""
-        num_reqs, table, staging = input_batch.num_reqs, self.table, self.staging
+        """Plans the step and its first pass, each tower's attention metadata on its own rows; keyed by layer name."""
+        num_reqs = input_batch.num_reqs
         slots = input_batch.idx_mapping_np[:num_reqs]
-        query_start = input_batch.query_start_loc_np[:num_reqs]
-        staging.begin()
-        split = split_rows(
+        drafts = input_batch.num_draft_tokens_per_req
+        rows = StepRows(
             slots,
-            input_batch.num_scheduled_tokens[:num_reqs],
             input_batch.num_computed_tokens_np[:num_reqs],
+            input_batch.num_scheduled_tokens[:num_reqs],
+            np.zeros_like(slots) if drafts is None else drafts[:num_reqs],
             input_batch.prefill_len_np[:num_reqs],
-            query_start,
-            table,
-            self.max_model_len,
+            self._req_states.max_seq_len[slots],
+            self.table,
             self._commit_interval,
+            self._state_block_size,
         )
-        input_ids = input_batch.input_ids[: input_batch.num_tokens]
-        blocks = Blocks(split.blocks, slots[split.blocks.batch_rows], table, staging) if len(split.blocks) else None
-        context = context_inputs(split, table, slots, query_start, input_ids, staging)
-        self._plan = plan = StepPlan(split, context, None, blocks)
-        metadata: dict[str, Any] = {}
-        if len(split.context):
-            groups = [[group for group in groups if not _is_denoiser(group)] for groups in attn_groups]
-            tables = self._rows_of(block_tables, split.context, num_reqs)
-            self._move_states(split.context, tables)
-            metadata |= self._tower_metadata(split.context, tables, groups, kv_cache_config, plan.slot_mapping)
-        if blocks is not None:
-            self._denoiser = _Denoiser(
-                [[group for group in groups if _is_denoiser(group)] for groups in attn_groups],
-                kv_cache_config,
-                block_tables,
-                num_reqs,
-            )
-            rows = self._prepare_denoiser(split.blocks)
-            plan.canvas = CanvasInputs(blocks.input_ids, rows, blocks.times(table.strategies))
-            plan.slot_mapping |= self._denoiser.slot_mapping
-            metadata |= self._denoiser.metadata
-        return metadata
+        towers = [
+            [[group for group in groups if _is_denoiser(group) == of_denoiser] for groups in attn_groups]
+            for of_denoiser in (False, True)
+        ]
+        self._step = _Step(
+            rows,
+            input_batch.query_start_loc_np[:num_reqs],
+            input_batch.prefill_len_np[:num_reqs],
+            [table[:num_reqs] for table in block_tables],
+            *towers,
+        )
+        return self._plan_pass(self._step).metadata
 
-    def denoise_again(self, blocks: Blocks, changed: bool) -> torch.Tensor:
-        """Another pass over canvases in the same step; ``changed`` if they are not all the rows of the pass before.
+    def take_step(self) -> tuple[StepRows, PassPlan] | None:
+        """The rows of this step and its first pass, once; None while memory is profiled."""
+        if self._step is None:
+            return None
+        self._current, self._step = self._step, None
+        return self._current.rows, self._current.plan
 
-        Returns hidden states (T, H).
-        """
-        if changed:
-            self._prepare_denoiser(blocks.rows)
-        step = self._denoiser
+    def run_pass(self) -> tuple[PassPlan, StepLogits] | None:
+        """Runs the next pass of the step that was taken; None if no row has anything to do in it."""
+        if self._current.rows.is_over:
+            return None
+        plan = self._plan_pass(self._current)
+        num_tokens = sum(len(part.input_ids) for part in (plan.context, plan.canvas) if part is not None)
         with set_forward_context(
-            step.metadata, self.vllm_config, num_tokens=blocks.rows.num_tokens, slot_mapping=step.slot_mapping
+            plan.metadata, self.vllm_config, num_tokens=num_tokens, slot_mapping=plan.slot_mapping
         ):
-            return self.model.denoise(blocks.input_ids, step.rows, blocks.times(self.table.strategies))
+            return plan, self.model.run(plan)
 
-    def _prepare_denoiser(self, rows: TowerRows) -> CanvasRows:
-        """The denoiser's metadata for rows of this step, kept until they change."""
-        step = self._denoiser
-        tables = self._rows_of(step.block_tables, rows, step.num_reqs)
-        state_indices = self._state_indices(rows, tables)
-        step.rows = canvas_rows(rows, state_indices, self.staging)
-        step.slot_mapping = {}
-        step.metadata = self._tower_metadata(rows, tables, step.groups, step.kv_cache_config, step.slot_mapping)
-        return step.rows
+    def _plan_pass(self, step: _Step) -> PassPlan:
+        """The next pass, on what the rows need now; the denoiser's part as before if its rows are the same."""
+        context_rows, gets_token = step.rows.take_context()
+        canvas_rows = step.rows.take_canvases()
+        context, denoiser = self._buffers.send(step.rows.slots, context=context_rows, denoiser=canvas_rows)
+        before, step.plan = step.plan, PassPlan()
+        if len(context):
+            self._plan_context(step, context, gets_token)
+        if not len(denoiser):
+            return step.plan
+        is_same = (
+            before is not None
+            and before.canvases is not None
+            and np.array_equal(before.canvases.rows.batch_rows, canvas_rows.batch_rows)
+        )
+        if is_same:
+            step.plan.canvases = before.canvases
+            step.plan.canvases.load()
+            rows = before.canvas.rows
+        else:
+            step.plan.canvases = Canvases(canvas_rows, denoiser.host_slots, denoiser.slots, denoiser.starts, self.table)
+            rows = self._plan_denoiser(step, denoiser)
+        step.plan.metadata |= step.denoiser_metadata
+        step.plan.slot_mapping |= step.denoiser_slot_mapping
+        canvases = step.plan.canvases
+        step.plan.canvas = CanvasInputs(canvases.input_ids, rows, canvases.times())
+        return step.plan
 
-    def _rows_of(self, block_tables: Sequence[torch.Tensor], rows: TowerRows, num_reqs: int) -> list[torch.Tensor]:
-        """The block tables' rows that belong to a tower's; ``num_reqs`` is the number of vLLM's rows."""
-        if len(rows) == num_reqs and (rows.batch_rows == np.arange(num_reqs)).all():
-            return [table[:num_reqs] for table in block_tables]
-        index = self.staging.put(rows.batch_rows)
-        self.staging.send()
-        return [table[index] for table in block_tables]
+    def _plan_context(self, step: _Step, context: DeviceRows, gets_token: np.ndarray) -> None:
+        """The context tower's part of the step's plan."""
+        plan, rows, tables = step.plan, context.host, step.tables_of(context)
+        self._move_states(rows, tables)
+        row, positions = context.row, context.positions
+        input_ids = self._req_states.all_token_ids.gpu[context.slots[row], positions]
+        logits_indices = None
+        if gets_token.any():
+            index = np.flatnonzero(gets_token)
+            logits_indices, of_index = (
+                async_tensor_h2d(values, device=self.device) for values in (rows.query_start_loc[1:][index] - 1, index)
+            )
+            batch_rows = rows.batch_rows[index]
+            ends = TowerRows(batch_rows, rows.ends[index], np.ones_like(index))
+            plan.next_tokens = NextTokens(
+                ends,
+                context.host_slots[index],
+                context.slots[of_index],
+                (context.starts + context.lengths)[of_index],
+                self.table,
+            )
+            plan.next_tokens.num_returned = step.rows.num_new[batch_rows]
+        plan.context = ContextInputs(input_ids, positions, logits_indices, self._prompt_tokens(step, rows))
+        plan.metadata |= self._metadata(context, tables, step.context_groups, plan.slot_mapping, is_causal=True)
+
+    def _prompt_tokens(self, step: _Step, rows: TowerRows) -> torch.Tensor | None:
+        """See :class:`ContextInputs`; a chunk is read in the first pass of a step."""
+        batch_rows = rows.batch_rows
+        scored = self.table.scores_prompt[step.rows.slots[batch_rows]] & (rows.starts < step.prefill_len[batch_rows])
+        if not scored.any():
+            return None
+        row = np.repeat(np.arange(len(rows)), rows.lengths)
+        chosen = np.flatnonzero(scored[row])
+        in_batch = (step.query_start[batch_rows] - rows.query_start_loc[:-1])[row] + np.arange(len(row))
+        return async_tensor_h2d(np.stack((chosen, in_batch[chosen])), device=self.device)
+
+    def _plan_denoiser(self, step: _Step, denoiser: DeviceRows) -> CanvasRows:
+        """The denoiser's metadata for its rows, kept in the step until they change; and how they lie."""
+        tables = step.tables_of(denoiser)
+        step.denoiser_slot_mapping = {}
+        step.denoiser_metadata = self._metadata(
+            denoiser, tables, step.denoiser_groups, step.denoiser_slot_mapping, is_causal=False
+        )
+        return denoiser.canvas_rows(self._state_indices(denoiser, tables))
 
     def _move_states(self, rows: TowerRows, block_tables: list[torch.Tensor]) -> None:
         layers = self.vllm_config.compilation_config.static_forward_context
         move_states(
             rows.starts,
-            rows.seq_lens,
+            rows.ends,
             self._state_block_size,
             ((block_tables[group], layers[name].kv_cache) for name, group in self._mamba_layers.items()),
         )
 
-    def _state_indices(self, rows: TowerRows, block_tables: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The slot (rows,) of the state before each row, by context layer."""
-        columns = self.staging.put(state_column(rows.starts, self._state_block_size))
-        self.staging.send()
-        of_group = {group: block_tables[group].gather(1, columns[:, None])[:, 0] for group in self._mamba_groups}
+    def _state_indices(self, rows: DeviceRows, block_tables: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The slot (n,) of the state before each row, by context layer."""
+        columns = ((rows.starts - 1).clamp(min=0) // self._state_block_size)[:, None]
+        of_group = {group: block_tables[group].gather(1, columns)[:, 0] for group in self._mamba_groups}
         return {name: of_group[group] for name, group in self._mamba_layers.items()}
 
-    def _tower_metadata(
+    def _metadata(
         self,
-        rows: TowerRows,
+        rows: DeviceRows,
         block_tables: list[torch.Tensor],
         groups: list[list[AttentionGroup]],
-        kv_cache_config: KVCacheConfig,
         slot_mapping: dict[str, torch.Tensor],
+        is_causal: bool,
     ) -> dict[str, Any]:
         """Attention metadata of one tower, by layer name; also notes where its keys and values go."""
-        positions = rows.spread(rows.starts)
         slot_mappings: list[torch.Tensor | None] = [None] * len(groups)
         for group_id, layers in enumerate(groups):
             if layers and group_id not in self._mamba_groups:
-                slot_mappings[group_id] = page_slots(
-                    rows, positions, block_tables[group_id], self._block_sizes[group_id], self.staging
-                )
+                block_size = self._block_sizes[group_id]
+                pages = block_tables[group_id][rows.row, rows.positions // block_size]
+                slot_mappings[group_id] = pages.long() * block_size + rows.positions % block_size
                 for group in layers:
                     slot_mapping.update(dict.fromkeys(group.layer_names, slot_mappings[group_id]))
-        query_start_loc = torch.from_numpy(rows.query_start_loc)
-        seq_lens = torch.from_numpy(rows.seq_lens.astype(np.int32))
+        ends = torch.from_numpy(rows.host.ends.astype(np.int32))
         return build_attn_metadata(
             attn_groups=groups,
             num_reqs=len(rows),
-            num_tokens=rows.num_tokens,
-            query_start_loc_gpu=query_start_loc.to(self.device, non_blocking=True),
-            query_start_loc_cpu=query_start_loc,
-            max_query_len=int(rows.lengths.max()),
-            seq_lens=seq_lens.to(self.device, non_blocking=True),
-            max_seq_len=int(seq_lens.max()),
+            num_tokens=rows.host.num_tokens,
+            query_start_loc_gpu=rows.query_start_loc.int(),
+            query_start_loc_cpu=torch.from_numpy(rows.host.query_start_loc.astype(np.int32)),
+            max_query_len=int(rows.host.lengths.max()),
+            seq_lens=(rows.starts + rows.lengths).int(),
+            max_seq_len=int(ends.max()),
             block_tables=block_tables,
             slot_mappings=slot_mappings,
-            kv_cache_config=kv_cache_config,
-            seq_lens_cpu_upper_bound=seq_lens,
+            kv_cache_config=self._kv_cache_config,
+            seq_lens_cpu_upper_bound=ends,
             is_prefilling=torch.ones(len(rows), dtype=torch.bool),
-            causal=not any(_is_denoiser(group) for layers in groups for group in layers),
+            causal=is_causal,
         )
 
 
 @dataclass
-class _Denoiser:
-    """What further passes of a step need: the denoiser's part of vLLM's structures, and its rows and metadata."""
+class _Step:
+    """A step's rows and what its passes need of vLLM's batch, by its rows (R,); and the pass planned last."""
 
-    groups: list[list[AttentionGroup]]
-    kv_cache_config: KVCacheConfig
-    block_tables: Sequence[torch.Tensor]
-    num_reqs: int
-    rows: CanvasRows | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-    slot_mapping: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: StepRows
+    query_start: np.ndarray
+    prefill_len: np.ndarray
+    block_tables: list[torch.Tensor]
+    context_groups: list[list[AttentionGroup]]
+    denoiser_groups: list[list[AttentionGroup]]
+    plan: PassPlan | None = None
+    denoiser_metadata: dict[str, Any] = field(default_factory=dict)
+    denoiser_slot_mapping: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def tables_of(self, rows: DeviceRows) -> list[torch.Tensor]:
+        """The block tables' rows that belong to a tower's."""
+        if np.array_equal(rows.host.batch_rows, np.arange(len(self.rows))):
+            return self.block_tables
+        return [table[rows.batch_rows] for table in self.block_tables]
 
 
 def _is_denoiser(group: AttentionGroup) -> bool:

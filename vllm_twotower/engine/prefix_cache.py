@@ -1,7 +1,7 @@
 """Prefix caching: what outlives a request holds exactly the tokens it can be found by.
 
 A later request may start from pages of keys and values and the Mamba states at the last page's end. vLLM ends prompt
-chunks where it wants such states, and the context tower stops there in generated text (``step_plan.split_rows``).
+chunks where it wants such states, and the context tower stops there in generated text (``step_rows``).
 Behind a page's end its states move on to new slots (:func:`move_states`), and a page can be found only once the context
 tower has read it (:class:`FoundPages`).
 """

@@ -29,24 +29,26 @@ _COLUMN_TYPES = {
 class RequestTable:
     """Per-request state, a row for each slot that vLLM's ``RequestState`` hands out.
 
-    NumPy arrays hold what decides which rows a step runs; tensors on ``device`` hold what the sampler computes with.
-    ``pending`` counts the tokens in ``pending_tokens`` that the context tower must read next: a finished block, or the
-    newest token of an ``ar`` request; of an ``auto`` request either. ``read`` tokens before the pending ones were read
-    in the step before, up to where a state is cached.
+    NumPy arrays hold what decides which rows a step runs; tensors on ``device`` hold what tokens are chosen with.
+    ``read`` counts the tokens that the context tower has read of a request. ``stops`` are the tokens that end it.
     """
 
-    def __init__(self, max_num_reqs: int, engine: EngineOptions, vocab_size: int, device: torch.device):
+    def __init__(
+        self, max_num_reqs: int, max_model_len: int, engine: EngineOptions, vocab_size: int, device: torch.device
+    ):
+        self.max_model_len = max_model_len
         self.engine = engine
         self.vocab_size = vocab_size
         self.device = device
         self.strategies = list(strategies().values())
         self.strategy_names = list(strategies())
         self.width = np.zeros(max_num_reqs, dtype=np.int64)
-        self.pending = np.zeros(max_num_reqs, dtype=np.int64)
         self.read = np.zeros(max_num_reqs, dtype=np.int64)
         self.is_ar = np.zeros(max_num_reqs, dtype=bool)
         self.is_auto = np.zeros(max_num_reqs, dtype=bool)
         self.starts_with_ar = np.zeros(max_num_reqs, dtype=bool)
+        self.has_grammar = np.zeros(max_num_reqs, dtype=bool)
+        self.stops: list[frozenset[int]] = [frozenset()] * max_num_reqs
         self.is_random = np.zeros(max_num_reqs, dtype=bool)
         self.is_filtered = np.zeros(max_num_reqs, dtype=bool)
         self.scores_prompt = np.zeros(max_num_reqs, dtype=bool)
@@ -55,7 +57,6 @@ class RequestTable:
 
         shape = (max_num_reqs, engine.canvas_length)
         self.canvas = torch.full(shape, engine.mask_token_id, dtype=torch.int64, device=device)
-        self.pending_tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self.step = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         self.options = RowOptions(
             **{
@@ -83,10 +84,11 @@ class RequestTable:
         """
         options = RequestOptions.of(params, self.engine)
         self.width[slot] = options.canvas_length
-        self.pending[slot] = self.read[slot] = 0
         self.is_ar[slot] = options.mode == "ar"
         self.is_auto[slot] = options.mode == "auto"
         self.starts_with_ar[slot] = self.is_auto[slot] and params.extra_args.get(FIRST_MODE) == "ar"
+        self.has_grammar[slot] = params.structured_outputs is not None
+        self.stops[slot] = frozenset({params.eos_token_id, *(params.stop_token_ids or ())} - {None})
         self.is_random[slot] = params.temperature > 0
         self.is_filtered[slot] = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
         self.scores_prompt[slot] = params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None

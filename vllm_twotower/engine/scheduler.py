@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.logger import init_logger
@@ -18,9 +19,10 @@ from vllm_twotower.config import EngineOptions, RequestOptions
 from .held_scores import HeldPromptScores
 from .metrics import RequestDenoisingMetrics, StepCosts
 from .mode_control import ModeControl
-from .prefix_cache import FoundPages, check_page_size, commit_interval
+from .prefix_cache import FoundPages, check_page_size
 from .processes import end_engine_with_its_parent
-from .rows import Row, rows_work
+from .report import Report
+from .rows import Row, reports
 
 logger = init_logger(__name__)
 
@@ -38,7 +40,7 @@ class TwoTowerScheduler(DiffusionScheduler):
         self._engine_options = options = EngineOptions.of(self.vllm_config.model_config)
         # vLLM's own level must be none without a speculative configuration.
         self.spec_decode_metrics_level = options.request_metrics
-        # Room for the first canvas, which is denoised in the prompt's last step.
+        # Room for the first block, which is filled in the prompt's last step, and for what the context tower fills.
         self.num_lookahead_tokens = options.canvas_length
         self._step_budget = self.max_num_scheduled_tokens
         self._rows: dict[str, Row] = {}
@@ -46,7 +48,6 @@ class TwoTowerScheduler(DiffusionScheduler):
         self._costs = StepCosts()
         self._held_scores = HeldPromptScores()
         check_page_size(self.kv_cache_config, options.canvas_length)
-        self._commit_interval = commit_interval(self.kv_cache_config, self.max_model_len)
         self._found_pages = FoundPages(self.kv_cache_manager, self._unread)
 
     def add_request(self, request: Request) -> None:
@@ -65,7 +66,7 @@ class TwoTowerScheduler(DiffusionScheduler):
         self.running.sort(key=lambda request: request.is_prefill_chunk)
         self.max_num_scheduled_tokens = self._step_budget
         decoding = [request for request in self.running if not request.is_prefill_chunk]
-        if any(request.spec_token_ids for request in decoding):
+        if any(len(request.spec_token_ids) > 1 for request in decoding):
             decodes = sum(request.num_tokens_with_spec - request.num_computed_tokens for request in decoding)
             # Of all requests, not only of those that decode: else few blocks would let few prompts become blocks.
             num_requests = min(len(self.running) + len(self.waiting), self.max_num_running_reqs)
@@ -75,7 +76,7 @@ class TwoTowerScheduler(DiffusionScheduler):
         for req_id in output.finished_req_ids:
             self._rows.pop(req_id, None)
         for new in output.scheduled_new_reqs:  # after a preemption again
-            row = self._rows[new.req_id] = Row.of(new, self._engine_options, self.max_model_len)
+            row = self._rows[new.req_id] = Row.of(new, self._engine_options)
             if row.options.mode == "auto":
                 self._choose(row)
                 new.sampling_params = row.first_params(new.sampling_params)
@@ -92,25 +93,36 @@ class TwoTowerScheduler(DiffusionScheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """vLLM's update, after the step is counted and prompt scores are kept for the first output."""
-        work = rows_work(self._rows, scheduler_output, model_runner_output)
+        of_rows = reports(model_runner_output)
+        starts = dict(
+            zip(
+                scheduler_output.scheduled_cached_reqs.req_ids,
+                scheduler_output.scheduled_cached_reqs.num_computed_tokens,
+                strict=True,
+            )
+        )
+        starts |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         # Also for requests aborted while the step ran: the worker has run their rows.
-        for req_id, of_row in work.items():
+        for req_id, (report, num_sampled) in of_rows.items():
             request = self.requests.get(req_id)
             metrics = None if request is None else request.spec_decode_metrics
-            self._rows[req_id].count(of_row, self._costs, metrics, self.spec_decode_metrics_level == "detailed")
-            self._rows[req_id].follow(of_row, self._commit_interval)
-        if self._mode_control is not None:
-            self._mode_control.step_ends(list(work.values()), self._costs.steps_per_block)
-        num_sampled = {req_id: of_row.num_sampled for req_id, of_row in work.items()}
+            detailed = self.spec_decode_metrics_level == "detailed"
+            self._rows[req_id].count(report, num_sampled, self._costs, metrics, detailed)
+        self._measure(of_rows, starts)
+        num_sampled = {req_id: sampled for req_id, (_, sampled) in of_rows.items()}
         self._held_scores.exchange(model_runner_output, num_sampled, self._is_waiting)
-        for req_id, of_row in work.items():
+        for req_id, sampled in num_sampled.items():
             row, request = self._rows[req_id], self.requests.get(req_id)
-            if request is not None and row.options.fills_blocks and of_row.context_len < row.prefill_len:
+            if request is None or not sampled:
+                continue
+            if starts[req_id] < row.prefill_len and not row.has_grammar:
                 # What the prompt's last step returns lies in pages beyond those it had scheduled.
-                request.num_computed_tokens += of_row.num_sampled
-            if request is not None and row.is_auto_at_border:
+                request.num_computed_tokens += sampled
+            if row.options.mode == "auto":
                 self._choose(row)
-        failed = self.finish_requests([req_id for req_id, of_row in work.items() if not of_row.is_finite], _FAILED)
+        failed = self.finish_requests(
+            [req_id for req_id, (report, _) in of_rows.items() if not report.is_finite], _FAILED
+        )
         self._costs.not_finite += len(failed)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request in failed:
@@ -139,23 +151,28 @@ class TwoTowerScheduler(DiffusionScheduler):
     def _choose(self, row: Row) -> None:
         """Sets how an ``auto`` request goes on, and counts it."""
         if self._mode_control is None:
-            self._mode_control = ModeControl(self.vllm_config, self._engine_options)
-        computed = [request.num_computed_tokens for request in self.running]
-        decision = self._mode_control.choose(self.current_step, len(computed), sum(computed) / len(computed))
-        row.is_single = decision.mode == "ar"
-        self._costs.auto_ar += row.is_single
-        self._costs.auto_diffusion += not row.is_single
+            self._mode_control = ModeControl(self._engine_options.canvas_length)
+        decision = self._mode_control.choose(self.current_step, len(self.running))
+        row.is_ar = decision.mode == "ar"
+        self._costs.auto_ar += row.is_ar
+        self._costs.auto_diffusion += not row.is_ar
         self._costs.auto_changes += self._mode_control.take_changes()
         self._costs.auto_ar_us = round(decision.ar_seconds * 1e6)
         self._costs.auto_diffusion_us = round(decision.diffusion_seconds * 1e6)
+
+    def _measure(self, of_rows: Mapping[str, tuple[Report, int]], starts: Mapping[str, int]) -> None:
+        """Lets the choice of modes learn from a step that read no prompt."""
+        if self._mode_control is None or any(starts[name] < self._rows[name].prefill_len for name in of_rows):
+            return
+        num_ar = sum(self._rows[name].is_ar for name in of_rows)
+        num_tokens = sum(sampled for _, sampled in of_rows.values())
+        self._mode_control.step_ends(num_ar, len(of_rows) - num_ar, num_tokens)
 
     def _is_waiting(self, req_id: str) -> bool:
         return req_id in self.requests and not self.requests[req_id].is_finished()
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict | None, dict | None]:
         self._held_scores.drop(request.request_id)
-        if self._mode_control is not None:
-            self._mode_control.request_ends(request.num_prompt_tokens, request.num_output_tokens)
         return super()._free_request(request, *args, **kwargs)
 
     def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> None:

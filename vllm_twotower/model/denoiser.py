@@ -48,8 +48,6 @@ class CanvasRows:
     position_of_token: Tensor | None
     """(T,) int64: where each token lies in (R * S); None if no row is shorter."""
     state_indices: Mapping[str, Tensor] = field(default_factory=dict)
-    without_context: Tensor | None = None
-    """(R,) bool: rows before which there is no token, so no state; None if there are none."""
 
     def pad(self, x: Tensor) -> Tensor:
         """(T, D) -> (R, S, D)."""
@@ -153,9 +151,6 @@ class DenoiserMambaMixer(MambaMixer2):
             )
         conv_cache, ssm_cache = get_forward_context().no_compile_layers[name].kv_cache
         conv, ssm = conv_cache[indices], ssm_cache[indices].float()
-        if rows.without_context is not None:
-            conv = conv.masked_fill(rows.without_context[:, None, None], 0)
-            ssm = ssm.masked_fill(rows.without_context[:, None, None, None], 0)
         return (conv.transpose(1, 2) if is_conv_state_dim_first() else conv), ssm
 
     def forward(self, hidden_states: Tensor, rows: CanvasRows) -> Tensor:

@@ -28,14 +28,14 @@ from .step_logits import OutputHead, StepLogits, logit_rows_per_tile
 from .time_conditioning import TimeConditioning
 
 if TYPE_CHECKING:
-    from vllm_twotower.engine.step_plan import StepPlan
+    from vllm_twotower.engine.pass_plan import PassPlan
 
 
 class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
     """Both towers, both heads and the time conditioning.
 
-    A step runs the context tower over prompt chunks and finished blocks, then the denoiser over canvases; which rows
-    these are is the :class:`~vllm_twotower.engine.step_plan.StepPlan` that the model state hands to ``forward``.
+    A pass runs the context tower over tokens it has not read, then the denoiser over canvases; which rows these are is
+    the :class:`~vllm_twotower.engine.pass_plan.PassPlan` that the model state hands to ``forward``.
     """
 
     hf_to_vllm_mapper = WeightsMapper(
@@ -106,7 +106,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         positions: Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
-        plan: StepPlan | None = None,
+        plan: PassPlan | None = None,
     ) -> Tensor:
         """Runs the planned step and keeps the hidden states that need logits for :meth:`compute_logits`.
 
@@ -116,22 +116,29 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         """
         if plan is None:
             return self._profile(input_ids, positions)
-        context = denoiser = None
-        result = positions.new_empty((len(positions), 0))
         forward_context = get_forward_context()
         forward_context.slot_mapping = plan.slot_mapping
         forward_context.is_padding = None
+        self._step_logits, hidden = self._run(plan)
+        if plan.context is None or plan.context.prompt_tokens is None:
+            return positions.new_empty((len(positions), 0))
+        here, in_batch = plan.context.prompt_tokens
+        return hidden.new_zeros((len(positions), hidden.shape[1])).index_copy_(0, in_batch, hidden[here])
+
+    def run(self, plan: PassPlan) -> StepLogits:
+        """A further pass of the step, in a forward context of its own."""
+        return self._run(plan)[0]
+
+    def _run(self, plan: PassPlan) -> tuple[StepLogits, Tensor | None]:
+        """What the pass has logits for, and all hidden states (T, H) of the context tower if it runs."""
+        hidden = context = denoiser = None
         if plan.context is not None:
             hidden = self.context_tower(plan.context.input_ids, plan.context.positions)
             if plan.context.logits_indices is not None:
                 context = hidden[plan.context.logits_indices]
-            if plan.context.prompt_tokens is not None:
-                here, in_batch = plan.context.prompt_tokens
-                result = hidden.new_zeros((len(positions), hidden.shape[1])).index_copy_(0, in_batch, hidden[here])
         if plan.canvas is not None:
             denoiser = self.denoise(plan.canvas.input_ids, plan.canvas.rows, plan.canvas.time)
-        self._step_logits = self._logits(context, denoiser)
-        return result
+        return self._logits(context, denoiser), hidden
 
     def denoise(self, input_ids: Tensor, rows: CanvasRows, time: Tensor) -> Tensor:
         """One denoiser pass over canvas tokens (T,) at times (R,), in a forward context: hidden states (T, H)."""

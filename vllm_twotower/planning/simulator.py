@@ -14,9 +14,10 @@ from typing import Literal
 
 import numpy as np
 
+from vllm_twotower.config import AUTO_PASSES_PER_STEP
+
 from .cost_model import CostModel, Load, PlannedMode
 from .mode_choice import ModeChooser
-from .step_policy import AUTO_PASSES_PER_STEP
 from .steps_per_block import StepsPerBlock
 
 

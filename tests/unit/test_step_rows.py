@@ -1,0 +1,157 @@
+"""What a step's rows do, pass by pass, without a model: which tokens each tower reads and when a row is done."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+from vllm_twotower.engine.pass_buffers import PassBuffers
+from vllm_twotower.engine.report import Report
+from vllm_twotower.engine.step_rows import StepRows
+
+WIDTH, MAX_LEN, PAGE = 16, 1000, 128
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+
+
+def step(*rows: dict[str, Any], interval: int = MAX_LEN) -> StepRows:
+    """Rows of requests with the slots 0, 1, ..."""
+
+    def column(name: str, default: Any = 0) -> np.ndarray:
+        return np.array([row.get(name, default) for row in rows])
+
+    table = SimpleNamespace(
+        read=column("read"),
+        width=column("width", WIDTH),
+        is_ar=column("is_ar", False),
+        is_auto=column("is_auto", False),
+        starts_with_ar=column("starts_with_ar", False),
+        has_grammar=column("has_grammar", False),
+        max_model_len=MAX_LEN,
+        engine=SimpleNamespace(canvas_length=WIDTH),
+    )
+    columns = (column("computed"), column("scheduled"), column("drafts"), column("prefill"), column("max_len", MAX_LEN))
+    return StepRows(np.arange(len(rows)), *columns, table, interval, PAGE)
+
+
+def context(rows: StepRows) -> list[tuple[int, int, int, bool]]:
+    """The context tower's rows of the next pass: row, start, length, whether a token is chosen."""
+    taken, gets_token = rows.take_context()
+    columns = (taken.batch_rows, taken.starts, taken.lengths, gets_token)
+    return [(int(a), int(b), int(c), bool(d)) for a, b, c, d in zip(*columns, strict=True)]
+
+
+def canvases(rows: StepRows) -> list[tuple[int, int, int]]:
+    taken = rows.take_canvases()
+    return [tuple(map(int, row)) for row in zip(taken.batch_rows, taken.starts, taken.lengths, strict=True)]
+
+
+def test_prompts() -> None:
+    """A chunk is read whole; behind the last one the first block is filled, by either tower."""
+    rows = step(
+        {"computed": 0, "scheduled": 50, "prefill": 80},
+        {"computed": 50, "scheduled": 30, "prefill": 80},
+        {"computed": 0, "scheduled": 30, "prefill": 30, "is_ar": True},
+    )
+    assert context(rows) == [(0, 0, 50, False), (1, 50, 30, False), (2, 0, 30, True)]
+    assert canvases(rows) == [(1, 80, WIDTH)]
+    assert rows.waits.tolist() == [True, False, False]
+    rows.add_tokens(np.array([2]), 1, np.array([False]))
+    assert context(rows) == [(2, 30, 1, True)]
+    assert canvases(rows) == [(1, 80, WIDTH)]
+    assert not rows.done.any()
+    rows.add_tokens(np.array([1]), WIDTH, np.array([True]))
+    rows.add_tokens(np.array([2]), 1, np.array([True]))  # a stop token
+    assert rows.is_over
+    assert rows.unread.tolist() == [0, WIDTH, 1]
+    assert (rows.num_new.tolist(), rows.context_passes.tolist()) == ([0, WIDTH, 2], [1, 1, 2])
+    assert rows.denoiser_passes.tolist() == [0, 2, 0]
+
+
+def test_what_was_returned_is_read_first() -> None:
+    """A block of sixteen tokens or a single one, whichever tower goes on; one-token rows come first."""
+    rows = step(
+        {"computed": 96, "read": 80, "scheduled": WIDTH, "drafts": WIDTH, "prefill": 80},
+        {"computed": 96, "read": 80, "scheduled": 1, "drafts": 1, "prefill": 80, "is_auto": True},
+        {"computed": 96, "read": 95, "scheduled": WIDTH, "drafts": WIDTH, "prefill": 80, "is_auto": True},
+    )
+    assert context(rows) == [(2, 95, 1, False), (0, 80, 16, False), (1, 80, 16, True)]
+    assert canvases(rows) == [(0, 96, WIDTH), (2, 96, WIDTH)]
+
+
+def test_states_are_kept_where_they_are_cached() -> None:
+    """The context tower stops there, and the row goes on in the next pass."""
+    rows = step({"computed": 136, "read": 120, "scheduled": WIDTH, "drafts": WIDTH, "prefill": 90}, interval=PAGE)
+    assert context(rows) == [(0, 120, 8, False)]
+    assert canvases(rows) == []
+    assert context(rows) == [(0, 128, 8, False)]
+    assert canvases(rows) == [(0, 136, WIDTH)]
+
+
+@pytest.mark.parametrize(
+    ("row", "room"),
+    [
+        ({"computed": 100, "scheduled": 1, "drafts": 1}, WIDTH),
+        ({"computed": 100, "scheduled": 1, "drafts": 1, "max_len": 103}, 3),
+        ({"computed": MAX_LEN - 2, "scheduled": 1, "drafts": 1, "max_len": 2 * MAX_LEN}, 2),
+        ({"computed": PAGE - 3, "scheduled": 1, "drafts": 1}, 4),  # the scheduled token is the page's third but last
+        ({"computed": PAGE, "scheduled": 1, "drafts": 1}, WIDTH),
+        ({"computed": 0, "scheduled": PAGE, "prefill": PAGE}, 1),  # there is no slot for the state behind the page yet
+        ({"computed": 0, "scheduled": PAGE - 3, "prefill": PAGE - 3}, 4),
+        ({"computed": 100, "scheduled": 1, "has_grammar": True}, 1),
+    ],
+)
+def test_room_of_the_context_towers_blocks(row: dict[str, Any], room: int) -> None:
+    assert step({"is_ar": True, **row}).room.tolist() == [room]
+
+
+def test_canvases_are_denoised_whole_or_not_at_all() -> None:
+    rows = step(
+        {"computed": 96, "read": 96, "scheduled": 15, "drafts": 15, "prefill": 80},
+        {"computed": MAX_LEN - 5, "read": MAX_LEN - 5, "scheduled": 5, "drafts": 5, "prefill": 80},
+        {"computed": 96, "read": 96, "scheduled": 7, "drafts": 7, "prefill": 80, "width": 7},
+    )
+    assert context(rows) == []
+    assert canvases(rows) == [(1, MAX_LEN - 5, 5), (2, 96, 7)]
+    assert rows.waits.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_on_the_device(device: str) -> None:
+    """At the same addresses in every pass."""
+    buffers, addresses = PassBuffers(4, torch.device(device)), set()
+    for first in (3, 40):
+        rows = step(
+            {"computed": first, "scheduled": 2, "prefill": 90},
+            {"computed": 9, "read": 9, "scheduled": 7, "drafts": 7, "width": 7},
+            {"computed": first, "scheduled": 3, "prefill": 90},
+            {"computed": 30, "read": 30, "scheduled": WIDTH, "drafts": WIDTH},
+        )
+        taken = rows.take_context()[0]
+        read, denoised = buffers.send(rows.slots + 5, context=taken, denoiser=rows.take_canvases())
+        assert read.slots.tolist() == [5, 7]
+        assert read.row.tolist() == [0, 0, 1, 1, 1]
+        assert read.positions.tolist() == [first, first + 1, first, first + 1, first + 2]
+        assert (denoised.batch_rows.tolist(), denoised.lengths.tolist()) == ([1, 3], [7, WIDTH])
+        lie = denoised.canvas_rows({})
+        tokens = torch.arange(7 + WIDTH, device=device)[:, None]
+        assert lie.pack(lie.pad(tokens)).tolist() == tokens.tolist()
+        addresses.add((read.slots.data_ptr(), denoised.starts.data_ptr()))
+    assert len(addresses) == 1
+
+
+def test_reports_arrive() -> None:
+    rows = step(
+        {"computed": 96, "read": 80, "scheduled": WIDTH, "drafts": WIDTH, "prefill": 80},
+        {"computed": 96, "read": 95, "scheduled": 1, "drafts": 1, "prefill": 80, "is_ar": True},
+    )
+    rows.take_context()
+    rows.take_canvases()
+    packed = Report.pack(rows, torch.tensor([True, False])).tolist()
+    reports = [Report(1, 1, WIDTH, 0), Report(1, 0, 1, 0, is_finite=False)]
+    assert [Report.unpack(number) for number in packed] == reports
+    assert [report.packed for report in reports] == packed

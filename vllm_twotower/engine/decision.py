@@ -1,0 +1,173 @@
+"""Which tokens a pass predicts: one way from logits to tokens for every position, whoever fills its block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.config import ModelConfig
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+from vllm_twotower.model.step_logits import OutputHead
+from vllm_twotower.sampling.prediction import draw, margin, predict, probability, temper_and_filter
+from vllm_twotower.sampling.row_options import RowOptions
+from vllm_twotower.sampling.uniform import uniform
+
+from .logit_rules import RuledRows
+from .logits_processors import CustomLogitsProcessors
+from .request_table import RequestTable
+from .targets import Targets
+from .token_logprobs import ScoredTokens
+
+
+@dataclass
+class Prediction:
+    """What a pass predicts at T positions.
+
+    ``tokens`` (T,) int64; ``confidence`` (T,) fp32, their probability before temperature and filters, not finite where
+    the logits were not; ``margin`` and ``energy`` (T,) fp32, see ``DenoiserPass``, where they were asked for.
+    ``scored`` are the tokens whose log-probabilities are kept if they are committed, ``ruled`` the rows with rules.
+    """
+
+    tokens: Tensor
+    confidence: Tensor
+    margin: Tensor | None = None
+    energy: Tensor | None = None
+    scored: ScoredTokens | None = None
+    ruled: RuledRows | None = None
+
+
+class Decision:
+    """Predicts tokens as their requests ask: grammar, rules, custom processors, temperature and filters, draw.
+
+    ``logprobs_mode`` of the model's configuration says whether log-probabilities are those of the logits as the model
+    gives them (``raw``) or of the distribution that tokens are drawn from (``processed``).
+    """
+
+    def __init__(self, sampler: Sampler, table: RequestTable, model_config: ModelConfig):
+        self._table, self._states = table, sampler.req_states
+        self.processors = CustomLogitsProcessors(sampler)
+        self._scores_processed = model_config.logprobs_mode.startswith("processed")
+        self._scores_as_logits = model_config.logprobs_mode.endswith("logits")
+
+    def predict(
+        self, targets: Targets, hidden: Tensor, head: OutputHead, tile: int, needs: frozenset[str] = frozenset()
+    ) -> Iterator[tuple[Targets, Prediction]]:
+        """Predictions from hidden states (T, H), a tile of at most so many rows of logits at a time.
+
+        ``needs`` are fields of :class:`Prediction` to be computed. All targets have whole rows of logits with one
+        rank; where the vocabulary is sharded, only those do that need them.
+        """
+        for index, whole_rows in self._tiles(targets, head, tile):
+            part, of_part = targets, hidden
+            if len(index) < len(targets):
+                part = targets.take(index)
+                tokens = part.host_column + targets.rows.query_start_loc[:-1][index][part.host_row]
+                of_part = hidden[part.on_device(tokens)]
+            if whole_rows:
+                yield part, self._from_logits(part, head(of_part).float(), needs)
+            else:
+                best = head.best(of_part, part.never)
+                energy = best.confidence.log() if "energy" in needs else None
+                yield part, Prediction(best.tokens, best.confidence, energy=energy)
+
+    def record(self, targets: Targets, predicted: Prediction, committed: Tensor) -> None:
+        """Keeps the log-probabilities of the positions that are ``committed`` (T,) bool."""
+        if predicted.scored is not None:
+            self._table.logprobs.record(predicted.scored, committed, predicted.tokens, self._scores_as_logits)
+
+    def _tiles(self, targets: Targets, head: OutputHead, tile: int) -> Iterator[tuple[np.ndarray, bool]]:
+        """Rows of the targets, and whether they are scored by whole rows of logits."""
+        slots, size = targets.host_slots, max(1, tile // int(targets.rows.lengths.max()))
+        if head.is_sharded:
+            needs_logits = self._table.needs_logits(slots) | self.processors.applies[slots] | targets.has_grammar
+        else:
+            needs_logits = np.ones(len(slots), dtype=bool)
+        if len(index := np.flatnonzero(~needs_logits)):
+            yield index, False
+        whole = np.flatnonzero(needs_logits)
+        for start in range(0, len(whole), size):
+            yield whole[start : start + size], True
+
+    def _from_logits(self, targets: Targets, logits: Tensor, needs: frozenset[str]) -> Prediction:
+        """From fp32 logits (T, V), which are changed."""
+        table, slots = self._table, targets.host_slots
+        targets.restrict(logits)
+        ruled = self._ruled_rows(targets)
+        scored = None if self._scores_processed else self._scored_tokens(targets, logits)
+        if ruled is not None:
+            table.rules.apply(logits, ruled)
+        if self.processors.applies[slots].any():
+            self.processors.apply(logits, targets)
+            targets.restrict(logits)
+        if self._scores_processed:
+            scored = self._scored_tokens(targets, logits)
+        tokens, confidence = predict(logits)
+        predicted = Prediction(tokens, confidence, scored=scored, ruled=ruled)
+        if "margin" in needs:
+            predicted.margin = margin(logits)
+        if "energy" in needs:
+            predicted.energy = confidence.log()
+        if table.is_random[slots].any():
+            self._draw(targets, logits, predicted)
+        return predicted
+
+    def _draw(self, targets: Targets, logits: Tensor, predicted: Prediction) -> None:
+        """Puts drawn tokens in the place of the most probable ones where requests have a temperature."""
+        slots = targets.host_slots[targets.host_row]
+        random = np.flatnonzero(self._table.is_random[slots])
+        index = targets.on_device(random)
+        row, of_random = targets.row[index], logits[index]
+        options = targets.options.rows(row)
+        shaped = self._shape(of_random, options, slots[random])
+        step = torch.zeros_like(row) if targets.step is None else targets.step[row]
+        number = uniform(options.seed, targets.starts[row], step, targets.column[index])
+        tokens = draw(shaped, number)
+        predicted.tokens[index] = tokens
+        # A sum, so that what is not finite stays so.
+        predicted.confidence[index] = probability(of_random, tokens) + 0 * predicted.confidence[index]
+        if predicted.energy is not None:
+            predicted.energy[index] = options.temperature * shaped.logsumexp(-1) - of_random.logsumexp(-1)
+        if self._scores_processed and predicted.scored is not None:
+            predicted.scored.replace(random, shaped)
+
+    def _shape(self, logits: Tensor, options: RowOptions, host_slots: np.ndarray) -> Tensor:
+        """Tempered and filtered logits of rows with a temperature; ``host_slots`` are theirs."""
+        if not self._table.is_filtered[host_slots].any():  # the filters sort the vocabulary
+            return logits / options.temperature[:, None]
+        return temper_and_filter(logits, options)
+
+    def _ruled_rows(self, targets: Targets) -> RuledRows | None:
+        """The rows of requests that have rules."""
+        ruled = np.flatnonzero(self._table.rules.has_rules[targets.host_slots])
+        if not len(ruled):
+            return None
+        part = targets.take(ruled)
+        of_pass = targets.on_device(ruled)
+        index = part.host_column + targets.rows.query_start_loc[:-1][ruled][part.host_row]
+        text = self._states.all_token_ids.gpu[:, : part.rows.starts.max()][part.slots]
+        prompt_lens = targets.on_device(self._states.prompt_len.np[part.host_slots])
+        return RuledRows(
+            part.host_slots,
+            part.slots,
+            of_pass,
+            text,
+            prompt_lens,
+            part.starts,
+            targets.ahead()[of_pass],
+            part.row,
+            part.column,
+            targets.on_device(index),
+        )
+
+    def _scored_tokens(self, targets: Targets, logits: Tensor) -> ScoredTokens | None:
+        """The tokens of rows that ask for log-probabilities, with their logits as they are now."""
+        slots = targets.host_slots[targets.host_row]
+        index = np.flatnonzero(self._table.logprobs.has_logprobs[slots])
+        if not len(index):
+            return None
+        of_index = logits[targets.on_device(index)]
+        return ScoredTokens(index, slots[index], targets.returned_column[index], of_index)

@@ -1,0 +1,140 @@
+"""How the blocks of a step are filled: pass after pass, until the step must end."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_twotower.config import AUTO_PASSES_PER_STEP
+from vllm_twotower.model.step_logits import StepLogits
+from vllm_twotower.sampling.strategies import Commit, DenoiserPass
+
+from .decision import Decision, Prediction
+from .logit_rules import RuledRows
+from .pass_plan import PassPlan
+from .request_table import RequestTable
+from .step_rows import StepRows
+from .targets import Canvases, NextTokens
+
+
+class PassSource(Protocol):
+    """Where further passes of a step come from: the model state."""
+
+    def run_pass(self) -> tuple[PassPlan, StepLogits] | None:
+        """The next pass of the step; None if no row has anything to do in it."""
+
+
+class StepFill:
+    """Fills the blocks of one step; ``tokens`` (rows, S) on the device are what has come of it so far.
+
+    ``is_finite`` (rows,), on the device: whether all logits that the row's tokens were chosen by are.
+    """
+
+    def __init__(
+        self, rows: StepRows, table: RequestTable, states: RequestState, decision: Decision, source: PassSource
+    ):
+        self._rows, self._table, self._text = rows, table, states.all_token_ids
+        self._decision, self._source = decision, source
+        shape = (len(rows), table.engine.canvas_length)
+        self.tokens = torch.zeros(shape, dtype=torch.int64, device=table.device)
+        self.is_finite = torch.ones(len(rows), dtype=torch.bool, device=table.device)
+
+    def run(self, plan: PassPlan, logits: StepLogits, bitmasks: dict[int, np.ndarray]) -> None:
+        """Goes on from the first pass, whose hidden states are ``logits``; ``bitmasks`` are the grammars' by row."""
+        limit = self._table.engine.denoise_steps_per_engine_step
+        for count in itertools.count(1):
+            if plan.next_tokens is not None:
+                plan.next_tokens.bitmasks = [bitmasks.get(row) for row in plan.next_tokens.rows.batch_rows]
+                self.add_next_tokens(plan.next_tokens, logits)
+            if plan.canvases is not None:
+                self.denoise(plan.canvases, logits)
+            if limit == "auto":  # a request that has its tokens goes on in the next step
+                ends = self._rows.waits.any() or self._rows.done.any() or count == AUTO_PASSES_PER_STEP
+            else:
+                ends = count == limit
+            if ends or (further := self._source.run_pass()) is None:
+                return
+            plan, logits = further
+
+    def add_next_tokens(self, targets: NextTokens, logits: StepLogits) -> None:
+        """Adds the tokens that the context head gives rows (A,)."""
+        for part, predicted in self._decision.predict(targets, logits.context, logits.context_head, logits.tile):
+            rows = part.rows.batch_rows
+            batch_rows = self._check(part, predicted.confidence)
+            self._text.gpu[part.slots, part.starts] = predicted.tokens.to(self._text.gpu.dtype)
+            self.tokens[batch_rows, part.on_device(part.num_returned)] = predicted.tokens
+            self._decision.record(part, predicted, torch.ones_like(predicted.tokens, dtype=torch.bool))
+            stops = zip(part.host_slots, predicted.tokens.tolist(), strict=True)
+            ends = np.array([token in self._table.stops[slot] for slot, token in stops])
+            self._rows.add_tokens(rows, 1, ends)
+
+    def denoise(self, canvases: Canvases, logits: StepLogits) -> None:
+        """Advances canvases by the pass whose hidden states (T, H) are ``logits.denoiser``."""
+        needs = frozenset().union(*(strategy.needs for strategy, _ in canvases.strategy_rows))
+        predictions = self._decision.predict(canvases, logits.denoiser, logits.denoiser_head, logits.tile, needs)
+        for part, predicted in predictions:
+            self._commit(part, predicted)
+
+    def _check(self, part: Canvases | NextTokens, confidence: Tensor) -> Tensor:
+        """Notes which rows have confidences (T,) that are not finite; returns the rows (R,) on the device."""
+        batch_rows = part.on_device(part.rows.batch_rows)
+        self.is_finite[batch_rows] &= part.by_row(confidence).sum(1).isfinite()
+        return batch_rows
+
+    def _commit(self, part: Canvases, predicted: Prediction) -> None:
+        """Commits what the strategies say of a prediction; blocks that are whole then are returned."""
+        batch_rows = self._check(part, predicted.confidence)
+        denoised = DenoiserPass(
+            prediction=part.by_row(predicted.tokens),
+            confidence=part.by_row(predicted.confidence),
+            masked=part.masked,
+            step=part.step,
+            start=part.starts,
+            width=part.lengths,
+            margin=None if predicted.margin is None else part.by_row(predicted.margin),
+            energy=None if predicted.energy is None else part.by_row(predicted.energy),
+        )
+        commit = _chosen(part, denoised)
+        positions = self._without_phrases(part, denoised, commit.positions, predicted.ruled)
+        canvas = torch.where(positions, denoised.prediction, part.canvas)
+        whole = ~(part.masked & ~positions).any(1)
+        self._decision.record(part, predicted, part.by_token(positions))
+        part.set(canvas, commit.step + 1)
+        part.store(whole)
+        self.tokens[batch_rows] = torch.where(whole[:, None], canvas, self.tokens[batch_rows])
+        # The next pass's rows depend on which blocks are whole.
+        done = np.flatnonzero(whole.cpu().numpy())
+        self._rows.add_tokens(part.rows.batch_rows[done], part.rows.lengths[done], np.ones(len(done), dtype=bool))
+
+    def _without_phrases(
+        self, part: Canvases, denoised: DenoiserPass, positions: Tensor, ruled: RuledRows | None
+    ) -> Tensor:
+        """The positions (R, S) to commit without those that would make up a banned phrase."""
+        rules = self._table.rules
+        if ruled is None or not rules.has_phrases[ruled.host_slots].any():
+            return positions
+        index = ruled.of_pass
+        canvas = torch.where(positions, denoised.prediction, part.canvas)
+        ahead = part.ahead_of(canvas, part.masked & ~positions)[index]
+        allowed = rules.hold_back(positions[index], denoised.confidence[index], replace(ruled, ahead=ahead))
+        return positions.index_copy(0, index, allowed)
+
+
+def _chosen(part: Canvases, denoised: DenoiserPass) -> Commit:
+    """What each row's strategy commits; in the last pass that a request allows, all that is left."""
+    strategy, rows = part.strategy_rows[0]
+    if rows is None:
+        result = strategy.commit(denoised, part.options)
+    else:
+        result = Commit(torch.zeros_like(part.masked), part.step.clone())
+        for strategy, rows in part.strategy_rows:
+            commit = strategy.commit(denoised.rows(rows), part.options.rows(rows))
+            result.positions[rows], result.step[rows] = commit.positions, commit.step
+    is_last = result.step >= part.options.max_steps - 1
+    return Commit((result.positions | is_last[:, None]) & part.masked, result.step)

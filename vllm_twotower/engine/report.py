@@ -1,0 +1,60 @@
+"""What the worker tells the scheduler of each row of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from .step_rows import StepRows
+
+_BITS = 15
+_MASK = (1 << _BITS) - 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of one row: ``context_passes`` and ``denoiser_passes``, the latter over ``width`` positions.
+
+    Of the tokens that vLLM counts as computed the context tower has yet to read the last ``unread``. The logits its
+    tokens were chosen by may not have been ``is_finite``. vLLM carries one number a row from the worker to the
+    scheduler, the count of NaN logits; a report is packed into it, 15 bits for each count.
+    """
+
+    context_passes: int = 0
+    denoiser_passes: int = 0
+    width: int = 0
+    unread: int = 0
+    is_finite: bool = True
+
+    @staticmethod
+    def pack(rows: StepRows, is_finite: Tensor) -> Tensor:
+        """(R,) int64, bitwise complements, which are negative, where not ``is_finite`` (R,)."""
+        packed = np.zeros(len(rows), dtype=np.int64)
+        for values in (
+            rows.context_passes,
+            rows.denoiser_passes,
+            np.where(rows.is_ar, 1, rows.room),
+            rows.computed_unread,
+        ):
+            packed = packed << _BITS | values
+        packed = async_tensor_h2d(packed, device=is_finite.device)
+        return torch.where(is_finite, packed, ~packed)
+
+    @property
+    def packed(self) -> int:
+        """The same number for this one."""
+        number = 0
+        for value in (self.context_passes, self.denoiser_passes, self.width, self.unread):
+            number = number << _BITS | value
+        return number if self.is_finite else ~number
+
+    @classmethod
+    def unpack(cls, number: int) -> Report:
+        """The reverse of :meth:`pack`, of one row."""
+        is_finite, number = number >= 0, max(number, ~number)
+        counts = [number >> _BITS * place & _MASK for place in (3, 2, 1, 0)]
+        return cls(*counts, is_finite)

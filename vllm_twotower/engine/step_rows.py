@@ -1,0 +1,133 @@
+"""What each row of vLLM's batch does in an engine step, pass by pass; all of it is decided on the host.
+
+A row is a chunk of a prompt, or a block that its filler fills: the context tower from left to right, or the denoiser.
+In every pass a row that has unread tokens lets the context tower read them, and once all are read a block goes on:
+
+| row | unread | once all is read |
+|---|---|---|
+| chunk of a prompt | the chunk | nothing; after a prompt's last one its first block is filled as below |
+| block of the context tower | the newest token | the context head gives the next token |
+| block of the denoiser | nothing | the denoiser runs over the canvas |
+| canvas that was scheduled in part | | nothing: it waits for a step with more room |
+
+In its first pass a block finds more unread, what was returned last: a block of the denoiser, or a token.
+Where Mamba states of generated text are cached, the context tower stops, and reads on in the row's next pass.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .prefix_cache import next_stop
+from .request_table import RequestTable
+from .tower_rows import TowerRows
+
+
+class StepRows:
+    """The R rows of a step; arrays (R,).
+
+    ``slots`` are their requests' in the :class:`RequestTable`. Of the ``known`` tokens of a row the context tower has
+    ``read`` some; ``num_new`` came in this step, in the place of ``num_drafts``. A row may get ``room`` tokens in this
+    step, 0 for one that fills no block; the context tower fills it if the row ``is_ar``, otherwise the denoiser does.
+    ``context_passes`` and ``denoiser_passes`` count the runs of the towers over the row.
+    """
+
+    def __init__(
+        self,
+        slots: np.ndarray,
+        num_computed: np.ndarray,
+        num_scheduled: np.ndarray,
+        num_drafts: np.ndarray,
+        prefill_len: np.ndarray,
+        max_len: np.ndarray,
+        table: RequestTable,
+        commit_interval: int,
+        state_block_size: int,
+    ):
+        """The rows before the first pass; arrays (R,) as vLLM's batch has them.
+
+        Drafts stand for tokens to come: as many as the denoiser's canvas has positions, or one for any number of
+        tokens from the context tower, which then fills up to a canvas length. Without one it gives a single token. A
+        request ends at ``max_len`` tokens. Of an ``auto`` request the drafts say which tower fills the block.
+        """
+        self.slots, self.num_drafts, self._commit_interval = slots, num_drafts, commit_interval
+        self.is_chunk = num_computed < prefill_len
+        self.known = num_computed + num_scheduled - num_drafts
+        self.read = np.where(self.is_chunk, num_computed, table.read[slots])
+        ends_prompt = self.is_chunk & (self.known >= prefill_len)
+        one_draft = np.where(self.is_chunk, table.starts_with_ar[slots], num_drafts == 1)
+        self.is_ar = table.is_ar[slots] | (table.is_auto[slots] & one_draft)
+        canvas = np.minimum(table.width[slots], table.max_model_len - self.known)
+        # States have slots up to the end of the page that the last scheduled token is in.
+        last = self.known - np.where(self.is_chunk, 1, 0)
+        page = state_block_size - last % state_block_size + np.where(self.is_chunk, 0, 1)
+        tokens = np.minimum(np.minimum(max_len, table.max_model_len) - self.known, page)
+        tokens = np.minimum(tokens, table.engine.canvas_length)
+        self._has_grammar = table.has_grammar[slots]
+        tokens = np.where(self._has_grammar, 1, tokens)
+        fills = np.where(self.is_chunk, ends_prompt, self.is_ar | (num_drafts == canvas))
+        self.room = fills * np.where(self.is_ar, tokens, canvas)
+        self.num_new = np.zeros_like(slots)
+        self.context_passes, self.denoiser_passes = np.zeros_like(slots), np.zeros_like(slots)
+        self._runs = self.is_chunk | fills
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @property
+    def unread(self) -> np.ndarray:
+        return self.known - self.read
+
+    @property
+    def num_rejected(self) -> np.ndarray:
+        """How many of its drafts vLLM is to take off what it counts as computed of a row; it is then all that is known.
+
+        Only the token of a request with a grammar is computed in the next step.
+        """
+        return np.where(self._has_grammar, 0, self.num_drafts - self.num_new)
+
+    @property
+    def computed_unread(self) -> np.ndarray:
+        """The last tokens that vLLM then counts as computed, though the context tower has yet to read them."""
+        return self.unread - np.where(self._has_grammar, self.num_new, 0)
+
+    @property
+    def waits(self) -> np.ndarray:
+        """The rows that further passes of this step do nothing for."""
+        return self.room == 0
+
+    def take_context(self) -> tuple[TowerRows, np.ndarray]:
+        """The context tower's rows (n,) of the next pass, which count as read; and which (n,) get a next token."""
+        rows = np.flatnonzero(self._runs & (self.unread > 0))
+        starts, is_chunk = self.read[rows], self.is_chunk[rows] & (self.context_passes[rows] == 0)
+        stops = np.where(is_chunk, self.known[rows], next_stop(starts, self._commit_interval))
+        context = TowerRows(rows, starts, np.minimum(self.known[rows], stops) - starts)
+        if len(rows) > 1:
+            # vLLM's Mamba metadata takes one-token rows with a state for decodes, which come first (mamba_attn.py).
+            context = context.take(np.argsort(~((context.lengths == 1) & (context.starts > 0)), kind="stable"))
+        self.read[context.batch_rows] += context.lengths
+        self.context_passes[rows] += 1
+        self._runs &= self.room > 0
+        return context, (self._runs & self.is_ar & (self.unread == 0))[context.batch_rows]
+
+    def take_canvases(self) -> TowerRows:
+        """The denoiser's rows of the next pass, after :meth:`take_context`."""
+        rows = np.flatnonzero(self._runs & ~self.is_ar & (self.unread == 0))
+        self.denoiser_passes[rows] += 1
+        return TowerRows(rows, self.known[rows], self.room[rows])
+
+    def add_tokens(self, rows: np.ndarray, counts: np.ndarray | int, ends: np.ndarray) -> None:
+        """Counts new tokens of some rows (n,); those that are full, or where it ``ends`` (n,), are done."""
+        self.known[rows] += counts
+        self.num_new[rows] += counts
+        self._runs[rows] &= ~(ends | (self.num_new[rows] >= self.room[rows]))
+
+    @property
+    def done(self) -> np.ndarray:
+        """The rows that have got what they can get in this step."""
+        return (self.room > 0) & ~self._runs
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no row has anything left to do."""
+        return not self._runs.any()
