@@ -43,7 +43,7 @@ class EngineOptions:
     ``canvas_length`` (S) tokens are denoised at once; a request may ask for fewer. ``max_denoising_steps`` is the
     default of ``diffusion_max_steps``, the passes a block may take, not a bound.
     ``mode`` is the default of ``diffusion_mode``; with ``auto`` the engine chooses between ``ar`` and
-    ``mask_diffusion`` block by block. ``denoise_steps_per_engine_step`` bounds the denoiser passes of one engine step;
+    ``mask_diffusion`` block by block. ``denoise_steps_per_engine_step`` bounds the passes of one engine step;
     ``auto`` goes on while no request waits for the step's end. Beside blocks, prompts may take as many tokens of a step
     as the blocks of all open requests would, and at least ``prompt_tokens_beside_blocks``.
     ``request_metrics`` is the level of ``--per-request-spec-decode-metrics``, ``seed`` that of ``--seed``, for requests
