@@ -25,8 +25,8 @@ ATTENTION_REASON = (
 )
 ADDITIONAL_CONFIG_KEY = "twotower"
 MODES = ("mask_diffusion", "ar", "auto")
-AUTO_PASSES_PER_STEP = 16
-"""The most passes of a step with ``denoise_steps_per_engine_step: auto``: new requests wait for them."""
+AUTO_PASSES_PER_STEP = 8
+"""The most denoiser passes of a step with ``denoise_steps_per_engine_step: auto``: new requests wait for them."""
 MAX_STEPS = 1024
 """The largest ``diffusion_max_steps``: the posterior strategy looks at all steps of a block at once."""
 FIRST_MODE = "twotower_first_mode"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+from vllm_twotower.config import AUTO_PASSES_PER_STEP
 from vllm_twotower.engine.pass_buffers import PassBuffers
 from vllm_twotower.engine.report import Report
 from vllm_twotower.engine.step_rows import StepRows
@@ -18,7 +19,7 @@ WIDTH, MAX_LEN, PAGE = 16, 1000, 128
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
 
 
-def step(*rows: dict[str, Any], interval: int = MAX_LEN) -> StepRows:
+def step(*rows: dict[str, Any], interval: int = MAX_LEN, limit: int | str = "auto") -> StepRows:
     """Rows of requests with the slots 0, 1, ..."""
 
     def column(name: str, default: Any = 0) -> np.ndarray:
@@ -32,7 +33,7 @@ def step(*rows: dict[str, Any], interval: int = MAX_LEN) -> StepRows:
         starts_with_ar=column("starts_with_ar", False),
         has_grammar=column("has_grammar", False),
         max_model_len=MAX_LEN,
-        engine=SimpleNamespace(canvas_length=WIDTH),
+        engine=SimpleNamespace(canvas_length=WIDTH, denoise_steps_per_engine_step=limit),
     )
     columns = (column("computed"), column("scheduled"), column("drafts"), column("prefill"), column("max_len", MAX_LEN))
     return StepRows(np.arange(len(rows)), *columns, table, interval, PAGE)
@@ -66,7 +67,7 @@ def test_prompts() -> None:
     assert not rows.done.any()
     rows.add_tokens(np.array([1]), WIDTH, np.array([True]))
     rows.add_tokens(np.array([2]), 1, np.array([True]))  # a stop token
-    assert rows.is_over
+    assert rows.is_over_after(2)
     assert rows.unread.tolist() == [0, WIDTH, 1]
     assert (rows.num_new.tolist(), rows.context_passes.tolist()) == ([0, WIDTH, 2], [1, 1, 2])
     assert rows.denoiser_passes.tolist() == [0, 2, 0]
@@ -118,6 +119,30 @@ def test_canvases_are_denoised_whole_or_not_at_all() -> None:
     assert context(rows) == []
     assert canvases(rows) == [(1, MAX_LEN - 5, 5), (2, 96, 7)]
     assert rows.waits.tolist() == [True, False, False]
+
+
+AR_ROW = {"computed": 100, "read": 99, "scheduled": 1, "drafts": 1, "is_ar": True}
+CHUNK = {"computed": 0, "scheduled": 20, "prefill": 20}
+
+
+def test_how_long_a_step_goes_on() -> None:
+    """The context tower fills the block of one row in a step, of several a token each; or as many as are asked."""
+    assert [step(*[AR_ROW] * count).max_passes for count in (1, 2, 16)] == [WIDTH, 1, 1]
+    assert step(AR_ROW, CHUNK).max_passes == 1
+    assert step(CHUNK, CHUNK).max_passes == AUTO_PASSES_PER_STEP
+    assert step(AR_ROW, AR_ROW, limit=3).max_passes == 3
+
+
+@pytest.mark.parametrize("limit", ["auto", 3])
+def test_a_row_that_is_done_ends_the_step_by_default(limit: int | str) -> None:
+    rows = step(AR_ROW, AR_ROW, limit=limit)
+    rows.take_context()
+    rows.add_tokens(np.array([0, 1]), 1, np.array([False, False]))
+    assert rows.is_over_after(1) == (limit == "auto")
+    rows.take_context()
+    rows.add_tokens(np.array([0, 1]), 1, np.array([True, False]))
+    assert rows.is_over_after(2) == (limit == "auto")
+    assert rows.is_over_after(3)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_twotower.config import AUTO_PASSES_PER_STEP
 from vllm_twotower.model.step_logits import StepLogits
 from vllm_twotower.sampling.strategies import Commit, DenoiserPass
 
@@ -26,8 +25,8 @@ from .targets import Canvases, NextTokens
 class PassSource(Protocol):
     """Where further passes of a step come from: the model state."""
 
-    def run_pass(self) -> tuple[PassPlan, StepLogits] | None:
-        """The next pass of the step; None if no row has anything to do in it."""
+    def run_pass(self) -> tuple[PassPlan, StepLogits]:
+        """The next pass of the step that was taken."""
 
 
 class StepFill:
@@ -47,20 +46,15 @@ class StepFill:
 
     def run(self, plan: PassPlan, logits: StepLogits, bitmasks: dict[int, np.ndarray]) -> None:
         """Goes on from the first pass, whose hidden states are ``logits``; ``bitmasks`` are the grammars' by row."""
-        limit = self._table.engine.denoise_steps_per_engine_step
         for count in itertools.count(1):
             if plan.next_tokens is not None:
                 plan.next_tokens.bitmasks = [bitmasks.get(row) for row in plan.next_tokens.rows.batch_rows]
                 self.add_next_tokens(plan.next_tokens, logits)
             if plan.canvases is not None:
                 self.denoise(plan.canvases, logits)
-            if limit == "auto":  # a request that has its tokens goes on in the next step
-                ends = self._rows.waits.any() or self._rows.done.any() or count == AUTO_PASSES_PER_STEP
-            else:
-                ends = count == limit
-            if ends or (further := self._source.run_pass()) is None:
+            if self._rows.is_over_after(count):
                 return
-            plan, logits = further
+            plan, logits = self._source.run_pass()
 
     def add_next_tokens(self, targets: NextTokens, logits: StepLogits) -> None:
         """Adds the tokens that the context head gives rows (A,)."""

@@ -128,10 +128,8 @@ class TwoTowerModelState(ModelState):
         self._current, self._step = self._step, None
         return self._current.rows, self._current.plan
 
-    def run_pass(self) -> tuple[PassPlan, StepLogits] | None:
-        """Runs the next pass of the step that was taken; None if no row has anything to do in it."""
-        if self._current.rows.is_over:
-            return None
+    def run_pass(self) -> tuple[PassPlan, StepLogits]:
+        """Runs the next pass of the step that was taken."""
         plan = self._plan_pass(self._current)
         num_tokens = sum(len(part.input_ids) for part in (plan.context, plan.canvas) if part is not None)
         with set_forward_context(

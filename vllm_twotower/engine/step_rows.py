@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from vllm_twotower.config import AUTO_PASSES_PER_STEP
+
 from .prefix_cache import next_stop
 from .request_table import RequestTable
 from .tower_rows import TowerRows
@@ -49,6 +51,9 @@ class StepRows:
         Drafts stand for tokens to come: as many as the denoiser's canvas has positions, or one for any number of
         tokens from the context tower, which then fills up to a canvas length. Without one it gives a single token. A
         request ends at ``max_len`` tokens. Of an ``auto`` request the drafts say which tower fills the block.
+
+        The step makes up to ``max_passes``. By default it makes one where the context tower fills blocks of several
+        rows: requests of a closed loop come one by one, and a longer step keeps the next one waiting.
         """
         self.slots, self.num_drafts, self._commit_interval = slots, num_drafts, commit_interval
         self.is_chunk = num_computed < prefill_len
@@ -70,6 +75,11 @@ class StepRows:
         self.num_new = np.zeros_like(slots)
         self.context_passes, self.denoiser_passes = np.zeros_like(slots), np.zeros_like(slots)
         self._runs = self.is_chunk | fills
+        self.ends_with_first = table.engine.denoise_steps_per_engine_step == "auto"
+        self.max_passes = table.engine.denoise_steps_per_engine_step
+        if self.ends_with_first:
+            several = self.is_ar.any() and len(slots) > 1
+            self.max_passes = 1 if several else table.engine.canvas_length if self.is_ar.any() else AUTO_PASSES_PER_STEP
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -127,7 +137,11 @@ class StepRows:
         """The rows that have got what they can get in this step."""
         return (self.room > 0) & ~self._runs
 
-    @property
-    def is_over(self) -> bool:
-        """Whether no row has anything left to do."""
-        return not self._runs.any()
+    def is_over_after(self, passes: int) -> bool:
+        """Whether the step ends after so many passes.
+
+        By default it does as soon as a row has got what it can, which its request waits for, or cannot get anything.
+        """
+        if passes >= self.max_passes or not self._runs.any():
+            return True
+        return self.ends_with_first and bool(self.waits.any() or self.done.any())
