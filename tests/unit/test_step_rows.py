@@ -157,7 +157,7 @@ def test_rows_on_the_device(device: str) -> None:
             {"computed": 30, "read": 30, "scheduled": WIDTH, "drafts": WIDTH},
         )
         taken = rows.take_context()[0]
-        read, denoised = buffers.send(rows.slots + 5, context=taken, denoiser=rows.take_canvases())
+        read, denoised = buffers.send(rows.slots + 5, taken, rows.take_canvases())
         assert read.slots.tolist() == [5, 7]
         assert read.row.tolist() == [0, 0, 1, 1, 1]
         assert read.positions.tolist() == [first, first + 1, first, first + 1, first + 2]

@@ -65,8 +65,7 @@ class Decision:
             part, of_part = targets, hidden
             if len(index) < len(targets):
                 part = targets.take(index)
-                tokens = part.host_column + targets.rows.query_start_loc[:-1][index][part.host_row]
-                of_part = hidden[part.on_device(tokens)]
+                of_part = hidden[part.on_device(targets.rows.tokens_of(index))]
             if whole_rows:
                 yield part, self._from_logits(part, head(of_part).float(), needs)
             else:
@@ -147,7 +146,6 @@ class Decision:
             return None
         part = targets.take(ruled)
         of_pass = targets.on_device(ruled)
-        index = part.host_column + targets.rows.query_start_loc[:-1][ruled][part.host_row]
         text = self._states.all_token_ids.gpu[:, : part.rows.starts.max()][part.slots]
         prompt_lens = targets.on_device(self._states.prompt_len.np[part.host_slots])
         return RuledRows(
@@ -160,7 +158,7 @@ class Decision:
             targets.ahead()[of_pass],
             part.row,
             part.column,
-            targets.on_device(index),
+            targets.on_device(targets.rows.tokens_of(ruled)),
         )
 
     def _scored_tokens(self, targets: Targets, logits: Tensor) -> ScoredTokens | None:

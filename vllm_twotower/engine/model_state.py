@@ -29,7 +29,7 @@ from vllm_twotower.model.step_logits import StepLogits
 
 from .pass_buffers import DeviceRows, PassBuffers
 from .pass_plan import CanvasInputs, ContextInputs, PassPlan
-from .prefix_cache import commit_interval, move_states, state_block_size
+from .prefix_cache import commit_interval, move_states, state_block_size, state_column
 from .request_table import RequestTable
 from .sampler import TwoTowerSampler
 from .step_rows import StepRows
@@ -141,7 +141,7 @@ class TwoTowerModelState(ModelState):
         """The next pass, on what the rows need now; the denoiser's part as before if its rows are the same."""
         context_rows, gets_token = step.rows.take_context()
         canvas_rows = step.rows.take_canvases()
-        context, denoiser = self._buffers.send(step.rows.slots, context=context_rows, denoiser=canvas_rows)
+        context, denoiser = self._buffers.send(step.rows.slots, context_rows, canvas_rows)
         before, step.plan = step.plan, PassPlan()
         if len(context):
             self._plan_context(step, context, gets_token)
@@ -221,7 +221,7 @@ class TwoTowerModelState(ModelState):
 
     def _state_indices(self, rows: DeviceRows, block_tables: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The slot (n,) of the state before each row, by context layer."""
-        columns = ((rows.starts - 1).clamp(min=0) // self._state_block_size)[:, None]
+        columns = state_column(rows.starts, self._state_block_size)[:, None]
         of_group = {group: block_tables[group].gather(1, columns)[:, 0] for group in self._mamba_groups}
         return {name: of_group[group] for name, group in self._mamba_layers.items()}
 

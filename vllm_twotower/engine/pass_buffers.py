@@ -15,7 +15,6 @@ from vllm_twotower.model.denoiser import CanvasRows
 from .tower_rows import TowerRows
 
 _FIELDS = ("batch_rows", "slots", "starts", "lengths", "query_start_loc")
-_TOWERS = ("context", "denoiser")
 
 
 class DeviceRows:
@@ -64,24 +63,23 @@ class PassBuffers:
     """Buffers (2, 5, max_num_reqs + 1) int64 for the rows of both towers; on a CPU there is one memory only."""
 
     def __init__(self, max_num_reqs: int, device: torch.device):
-        shape = (len(_TOWERS), len(_FIELDS), max_num_reqs + 1)
+        shape = (2, len(_FIELDS), max_num_reqs + 1)
         on_cpu = device.type == "cpu"
         self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=not on_cpu and is_pin_memory_available())
         self._array = self._host.numpy()
         self._device = self._host if on_cpu else torch.zeros(shape, dtype=torch.int64, device=device)
 
-    def send(self, slots: np.ndarray, **towers: TowerRows) -> list[DeviceRows]:
-        """Sends rows of ``context`` and ``denoiser``; ``slots`` are those of vLLM's batch.
+    def send(self, slots: np.ndarray, context: TowerRows, denoiser: TowerRows) -> list[DeviceRows]:
+        """Sends the rows of both towers; ``slots`` are those of vLLM's batch.
 
         What was sent before must have been read.
         """
         sent = []
-        for name, rows in towers.items():
-            tower, num_rows, of_rows = _TOWERS.index(name), len(rows), slots[rows.batch_rows]
-            array = self._array[tower]
+        for rows, array, buffer in zip((context, denoiser), self._array, self._device, strict=True):
+            num_rows, of_rows = len(rows), slots[rows.batch_rows]
             array[:4, :num_rows] = rows.batch_rows, of_rows, rows.starts, rows.lengths
             array[4, : num_rows + 1] = rows.query_start_loc
-            sent.append(DeviceRows(rows, of_rows, self._device[tower]))
+            sent.append(DeviceRows(rows, of_rows, buffer))
         if self._device is not self._host:
             self._device.copy_(self._host, non_blocking=True)
         return sent

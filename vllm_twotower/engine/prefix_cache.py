@@ -9,7 +9,7 @@ tower has read it (:class:`FoundPages`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.request import Request
+
+Numbers = TypeVar("Numbers", np.ndarray, torch.Tensor)
 
 
 def state_block_size(kv_cache_config: KVCacheConfig, max_model_len: int) -> int:
@@ -52,9 +54,9 @@ def next_stop(position: int, interval: int) -> int:
     return (position // interval + 1) * interval
 
 
-def state_column(num_tokens: np.ndarray, block_size: int) -> np.ndarray:
+def state_column(num_tokens: Numbers, block_size: int) -> Numbers:
     """Where in a request's Mamba block table the state after so many tokens lies (before the first: anywhere)."""
-    return np.maximum(num_tokens - 1, 0) // block_size
+    return (num_tokens - 1).clip(min=0) // block_size
 
 
 def move_states(

@@ -32,7 +32,7 @@ _FAILED = RequestStatus.FINISHED_ERROR
 
 
 class TwoTowerScheduler(DiffusionScheduler):
-    """Schedules blocks whole and before prompts, autoregressive requests without drafts, and counts towers' passes."""
+    """Schedules canvases whole and before prompts, the context tower's blocks by one draft, and counts passes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -94,13 +94,8 @@ class TwoTowerScheduler(DiffusionScheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """vLLM's update, after the step is counted and prompt scores are kept for the first output."""
         of_rows = reports(model_runner_output)
-        starts = dict(
-            zip(
-                scheduler_output.scheduled_cached_reqs.req_ids,
-                scheduler_output.scheduled_cached_reqs.num_computed_tokens,
-                strict=True,
-            )
-        )
+        cached = scheduler_output.scheduled_cached_reqs
+        starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         starts |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         # Also for requests aborted while the step ran: the worker has run their rows.
         for req_id, (report, num_sampled) in of_rows.items():

@@ -64,8 +64,8 @@ class StepRows:
         self.is_ar = table.is_ar[slots] | (table.is_auto[slots] & one_draft)
         canvas = np.minimum(table.width[slots], table.max_model_len - self.known)
         # States have slots up to the end of the page that the last scheduled token is in.
-        last = self.known - np.where(self.is_chunk, 1, 0)
-        page = state_block_size - last % state_block_size + np.where(self.is_chunk, 0, 1)
+        last = self.known - self.is_chunk
+        page = state_block_size - last % state_block_size + ~self.is_chunk
         tokens = np.minimum(np.minimum(max_len, table.max_model_len) - self.known, page)
         tokens = np.minimum(tokens, table.engine.canvas_length)
         self._has_grammar = table.has_grammar[slots]

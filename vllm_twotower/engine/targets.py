@@ -133,7 +133,7 @@ class Canvases(Targets):
     def __init__(self, rows: TowerRows, host_slots: np.ndarray, slots: Tensor, starts: Tensor, table: RequestTable):
         super().__init__(rows, host_slots, slots, starts, table)
         self._canvas_length, self.never = table.engine.canvas_length, table.engine.mask_token_id
-        self.places = self.lengths = None
+        self.places = None
         if (rows.lengths != self._canvas_length).any():
             self.places = self.on_device(self.host_row * self._canvas_length + self.host_column)
         self.lengths = self.on_device(rows.lengths)

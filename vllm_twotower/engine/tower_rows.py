@@ -31,6 +31,12 @@ class TowerRows:
         """(n + 1,): where each row's tokens begin."""
         return np.concatenate(([0], np.cumsum(self.lengths)))
 
+    def tokens_of(self, index: np.ndarray) -> np.ndarray:
+        """Where the tokens of the rows ``index`` (m,) lie among those of all, row after row."""
+        lengths = self.lengths[index]
+        offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return np.repeat(self.query_start_loc[:-1][index], lengths) + offsets
+
     @property
     def num_tokens(self) -> int:
         return int(self.query_start_loc[-1])
