@@ -21,8 +21,8 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm import LLM, RequestOutput, SamplingParams  # noqa: E402
 
+from vllm_twotower.engine import fill  # noqa: E402
 from vllm_twotower.engine.decision import Decision  # noqa: E402
-from vllm_twotower.engine.fill import StepFill  # noqa: E402
 
 DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
@@ -132,7 +132,7 @@ class Trace:
 def traced(llm: LLM) -> Iterator[Trace]:
     """Records every denoising step while the block runs."""
     trace, req_states = Trace(), runner(llm).req_states
-    from_logits, commit, run = Decision._from_logits, StepFill._commit, StepFill.run
+    from_logits, fill_canvases, run = Decision._from_logits, fill.fill_canvases, fill.StepFill.run
     raw = torch.empty(0)
 
     def keep(self, targets, logits, needs):
@@ -140,13 +140,14 @@ def traced(llm: LLM) -> Iterator[Trace]:
         raw = logits.clone()
         return from_logits(self, targets, logits, needs)
 
-    def record(self, part, predicted):
-        before, t, lengths = part.canvas.clone(), part.times().tolist(), part.rows.lengths.tolist()
-        commit(self, part, predicted)
-        for i, (slot, length, logits) in enumerate(zip(part.host_slots, lengths, raw.split(lengths), strict=True)):
-            after = tuple(part.canvas[i, :length].tolist())
-            step = Step(t[i], tuple(before[i, :length].tolist()), after, logits)
+    def record(part, *args):
+        times, lengths, width = part.times().tolist(), part.rows.lengths.tolist(), part.rows.width
+        filled = fill_canvases(part, *args)
+        for i, (slot, length) in enumerate(zip(part.host_slots, lengths, strict=True)):
+            canvases = (tuple(canvas[i, :length].tolist()) for canvas in (part.canvas, filled.canvas))
+            step = Step(times[i], *canvases, raw[i * width : i * width + length])
             trace.steps[req_states.index_to_req_id[slot]].append(step)
+        return filled
 
     def count(self, *args):
         trace.partial += int((self._rows.waits & ~self._rows.is_chunk).sum())
@@ -154,6 +155,6 @@ def traced(llm: LLM) -> Iterator[Trace]:
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(Decision, "_from_logits", keep)
-        monkeypatch.setattr(StepFill, "_commit", record)
-        monkeypatch.setattr(StepFill, "run", count)
+        monkeypatch.setattr(fill, "fill_canvases", record)
+        monkeypatch.setattr(fill.StepFill, "run", count)
         yield trace

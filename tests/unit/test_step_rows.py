@@ -162,11 +162,25 @@ def test_rows_on_the_device(device: str) -> None:
         assert read.row.tolist() == [0, 0, 1, 1, 1]
         assert read.positions.tolist() == [first, first + 1, first, first + 1, first + 2]
         assert (denoised.batch_rows.tolist(), denoised.lengths.tolist()) == ([1, 3], [7, WIDTH])
-        lie = denoised.canvas_rows({})
-        tokens = torch.arange(7 + WIDTH, device=device)[:, None]
-        assert lie.pack(lie.pad(tokens)).tolist() == tokens.tolist()
+        # A page of eight tokens has the number of its place in the table.
+        pages = torch.arange(8, device=device).repeat(len(denoised), 1)
+        placed = denoised.slot_mapping(pages, 8).view(2, WIDTH).tolist()
+        assert placed[0] == [*range(9, 16), *[-1] * (WIDTH - 7)]
+        assert placed[1] == list(range(30, 30 + WIDTH))
         addresses.add((read.slots.data_ptr(), denoised.starts.data_ptr()))
     assert len(addresses) == 1
+
+
+def test_rows_of_a_bucket() -> None:
+    """Those that fill it up have no tokens: they are written nowhere, and no page is theirs."""
+    rows = step({"computed": 30, "read": 29, "scheduled": 1, "drafts": 1, "is_ar": True})
+    taken = rows.take_context()[0]
+    read, denoised = PassBuffers(4, torch.device("cpu")).send(rows.slots, taken, rows.take_canvases(), bucket=3)
+    tables = read.block_tables([torch.full((1, 8), 5)])
+    assert (len(read), read.lengths.tolist()) == (3, [1, 0, 0])
+    assert tables[0].tolist() == [[5] * 8, [0] * 8, [0] * 8]
+    assert read.slot_mapping(tables[0], 8).tolist() == [5 * 8 + 29 % 8, -1, -1]
+    assert denoised.lengths.tolist() == [0, 0, 0]
 
 
 def test_reports_arrive() -> None:

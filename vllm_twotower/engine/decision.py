@@ -65,7 +65,7 @@ class Decision:
             part, of_part = targets, hidden
             if len(index) < len(targets):
                 part = targets.take(index)
-                of_part = hidden[part.on_device(targets.rows.tokens_of(index))]
+                of_part = hidden[part.on_device(targets.positions_of(index))]
             if whole_rows:
                 yield part, self._from_logits(part, head(of_part).float(), needs)
             else:
@@ -80,7 +80,7 @@ class Decision:
 
     def _tiles(self, targets: Targets, head: OutputHead, tile: int) -> Iterator[tuple[np.ndarray, bool]]:
         """Rows of the targets, and whether they are scored by whole rows of logits."""
-        slots, size = targets.host_slots, max(1, tile // int(targets.rows.lengths.max()))
+        slots, size = targets.host_slots, max(1, tile // targets.rows.width)
         if head.is_sharded:
             needs_logits = self._table.needs_logits(slots) | self.processors.applies[slots] | targets.has_grammar
         else:
@@ -146,7 +146,7 @@ class Decision:
             return None
         part = targets.take(ruled)
         of_pass = targets.on_device(ruled)
-        text = self._states.all_token_ids.gpu[:, : part.rows.starts.max()][part.slots]
+        text = self._states.all_token_ids.gpu[:, : part.rows.host.starts.max()][part.slots]
         prompt_lens = targets.on_device(self._states.prompt_len.np[part.host_slots])
         return RuledRows(
             part.host_slots,
@@ -158,7 +158,7 @@ class Decision:
             targets.ahead()[of_pass],
             part.row,
             part.column,
-            targets.on_device(targets.rows.tokens_of(ruled)),
+            targets.on_device(targets.positions_of(ruled)),
         )
 
     def _scored_tokens(self, targets: Targets, logits: Tensor) -> ScoredTokens | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from vllm_twotower.model.step_logits import StepLogits
 from vllm_twotower.sampling.strategies import Commit, DenoiserPass
 
 from .decision import Decision, Prediction
-from .logit_rules import RuledRows
+from .logit_rules import RuledRows, RuleTable
 from .pass_plan import PassPlan
 from .request_table import RequestTable
 from .step_rows import StepRows
@@ -48,7 +48,7 @@ class StepFill:
         """Goes on from the first pass, whose hidden states are ``logits``; ``bitmasks`` are the grammars' by row."""
         for count in itertools.count(1):
             if plan.next_tokens is not None:
-                plan.next_tokens.bitmasks = [bitmasks.get(row) for row in plan.next_tokens.rows.batch_rows]
+                plan.next_tokens.bitmasks = bitmasks
                 self.add_next_tokens(plan.next_tokens, logits)
             if plan.canvases is not None:
                 self.denoise(plan.canvases, logits)
@@ -59,65 +59,79 @@ class StepFill:
     def add_next_tokens(self, targets: NextTokens, logits: StepLogits) -> None:
         """Adds the tokens that the context head gives rows (A,)."""
         for part, predicted in self._decision.predict(targets, logits.context, logits.context_head, logits.tile):
-            rows = part.rows.batch_rows
-            batch_rows = self._check(part, predicted.confidence)
-            self._text.gpu[part.slots, part.starts] = predicted.tokens.to(self._text.gpu.dtype)
-            self.tokens[batch_rows, part.on_device(part.num_returned)] = predicted.tokens
-            self._decision.record(part, predicted, torch.ones_like(predicted.tokens, dtype=torch.bool))
-            stops = zip(part.host_slots, predicted.tokens.tolist(), strict=True)
+            count, rows = len(part), part.rows
+            tokens = predicted.tokens[:count]
+            self._check(part, predicted.confidence)
+            self._text.gpu[part.slots[:count], part.starts[:count]] = tokens.to(self._text.gpu.dtype)
+            self.tokens[rows.batch_rows[:count], part.on_device(part.num_returned)] = tokens
+            self._decision.record(part, predicted, torch.ones_like(tokens, dtype=torch.bool))
+            stops = zip(part.host_slots, tokens.tolist(), strict=True)
             ends = np.array([token in self._table.stops[slot] for slot, token in stops])
-            self._rows.add_tokens(rows, 1, ends)
+            self._rows.add_tokens(rows.host.batch_rows, 1, ends)
 
     def denoise(self, canvases: Canvases, logits: StepLogits) -> None:
         """Advances canvases by the pass whose hidden states (T, H) are ``logits.denoiser``."""
         needs = frozenset().union(*(strategy.needs for strategy, _ in canvases.strategy_rows))
         predictions = self._decision.predict(canvases, logits.denoiser, logits.denoiser_head, logits.tile, needs)
         for part, predicted in predictions:
-            self._commit(part, predicted)
+            filled = fill_canvases(part, predicted, self._table.rules)
+            count, rows = len(part), part.rows
+            self._check(part, predicted.confidence)
+            self._decision.record(part, predicted, filled.positions.flatten())
+            part.store(filled.canvas, filled.step, filled.whole)
+            self.tokens[rows.batch_rows[:count], : rows.width] = filled.canvas[:count]
+            # The next pass's rows depend on which blocks are whole.
+            whole = rows.host.batch_rows[filled.whole[:count].cpu().numpy()]
+            self._rows.add_tokens(whole, self._rows.room[whole], np.ones(len(whole), dtype=bool))
 
-    def _check(self, part: Canvases | NextTokens, confidence: Tensor) -> Tensor:
-        """Notes which rows have confidences (T,) that are not finite; returns the rows (R,) on the device."""
-        batch_rows = part.on_device(part.rows.batch_rows)
-        self.is_finite[batch_rows] &= part.by_row(confidence).sum(1).isfinite()
-        return batch_rows
+    def _check(self, part: Canvases | NextTokens, confidence: Tensor) -> None:
+        """Notes which rows have confidences (T,) that are not finite."""
+        count = len(part)
+        self.is_finite[part.rows.batch_rows[:count]] &= part.by_row(confidence).sum(1)[:count].isfinite()
 
-    def _commit(self, part: Canvases, predicted: Prediction) -> None:
-        """Commits what the strategies say of a prediction; blocks that are whole then are returned."""
-        batch_rows = self._check(part, predicted.confidence)
-        denoised = DenoiserPass(
-            prediction=part.by_row(predicted.tokens),
-            confidence=part.by_row(predicted.confidence),
-            masked=part.masked,
-            step=part.step,
-            start=part.starts,
-            width=part.lengths,
-            margin=None if predicted.margin is None else part.by_row(predicted.margin),
-            energy=None if predicted.energy is None else part.by_row(predicted.energy),
-        )
-        commit = _chosen(part, denoised)
-        positions = self._without_phrases(part, denoised, commit.positions, predicted.ruled)
-        canvas = torch.where(positions, denoised.prediction, part.canvas)
-        whole = ~(part.masked & ~positions).any(1)
-        self._decision.record(part, predicted, part.by_token(positions))
-        part.set(canvas, commit.step + 1)
-        part.store(whole)
-        self.tokens[batch_rows] = torch.where(whole[:, None], canvas, self.tokens[batch_rows])
-        # The next pass's rows depend on which blocks are whole.
-        done = np.flatnonzero(whole.cpu().numpy())
-        self._rows.add_tokens(part.rows.batch_rows[done], part.rows.lengths[done], np.ones(len(done), dtype=bool))
 
-    def _without_phrases(
-        self, part: Canvases, denoised: DenoiserPass, positions: Tensor, ruled: RuledRows | None
-    ) -> Tensor:
-        """The positions (R, S) to commit without those that would make up a banned phrase."""
-        rules = self._table.rules
-        if ruled is None or not rules.has_phrases[ruled.host_slots].any():
-            return positions
-        index = ruled.of_pass
-        canvas = torch.where(positions, denoised.prediction, part.canvas)
-        ahead = part.ahead_of(canvas, part.masked & ~positions)[index]
-        allowed = rules.hold_back(positions[index], denoised.confidence[index], replace(ruled, ahead=ahead))
-        return positions.index_copy(0, index, allowed)
+@dataclass
+class FilledCanvases:
+    """What a pass makes of canvases: the ``positions`` (R, S) bool that it commits, the ``canvas`` (R, S) then and its
+    next ``step`` (R,); where nothing is left to fill it is ``whole`` (R,)."""
+
+    positions: Tensor
+    canvas: Tensor
+    step: Tensor
+    whole: Tensor
+
+
+def fill_canvases(part: Canvases, predicted: Prediction, rules: RuleTable) -> FilledCanvases:
+    """Commits what the strategies say of a prediction."""
+    denoised = DenoiserPass(
+        prediction=part.by_row(predicted.tokens),
+        confidence=part.by_row(predicted.confidence),
+        masked=part.masked,
+        step=part.step,
+        start=part.starts,
+        width=part.rows.lengths,
+        margin=None if predicted.margin is None else part.by_row(predicted.margin),
+        energy=None if predicted.energy is None else part.by_row(predicted.energy),
+    )
+    commit = _chosen(part, denoised)
+    positions = commit.positions
+    ruled = predicted.ruled
+    if ruled is not None and rules.has_phrases[ruled.host_slots].any():
+        positions = _without_phrases(part, denoised, positions, ruled, rules)
+    canvas = torch.where(positions, denoised.prediction, part.canvas)
+    whole = ~(part.masked & ~positions).any(1)
+    return FilledCanvases(positions, canvas, commit.step + 1, whole)
+
+
+def _without_phrases(
+    part: Canvases, denoised: DenoiserPass, positions: Tensor, ruled: RuledRows, rules: RuleTable
+) -> Tensor:
+    """The positions (R, S) to commit without those that would make up a banned phrase."""
+    index = ruled.of_pass
+    canvas = torch.where(positions, denoised.prediction, part.canvas)
+    ahead = part.ahead_of(canvas, part.masked & ~positions)[index]
+    allowed = rules.hold_back(positions[index], denoised.confidence[index], replace(ruled, ahead=ahead))
+    return positions.index_copy(0, index, allowed)
 
 
 def _chosen(part: Canvases, denoised: DenoiserPass) -> Commit:

@@ -57,7 +57,7 @@ class CustomLogitsProcessors:
             expanded_local_pos=targets.column.int(),
             input_ids=input_ids.int(),
             pos=position,
-            seq_lens_upper_bound_np=targets.rows.ends,
+            seq_lens_upper_bound_np=targets.rows.host.ends,
         )
         for processor in self._processors:
             changed = processor.apply(logits, context)

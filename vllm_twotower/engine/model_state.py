@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from vllm_twotower.model.denoiser import DENOISER_PREFIX, CanvasRows
 from vllm_twotower.model.step_logits import StepLogits
 
 from .pass_buffers import DeviceRows, PassBuffers
-from .pass_plan import CanvasInputs, ContextInputs, PassPlan
+from .pass_plan import AttentionInputs, CanvasInputs, ContextInputs, PassPlan
 from .prefix_cache import commit_interval, move_states, state_block_size, state_column
 from .request_table import RequestTable
 from .sampler import TwoTowerSampler
@@ -119,7 +119,7 @@ class TwoTowerModelState(ModelState):
             [table[:num_reqs] for table in block_tables],
             *towers,
         )
-        return self._plan_pass(self._step).metadata
+        return self._plan_pass(self._step).attention.metadata
 
     def take_step(self) -> tuple[StepRows, PassPlan] | None:
         """The rows of this step and its first pass, once; None while memory is profiled."""
@@ -131,64 +131,63 @@ class TwoTowerModelState(ModelState):
     def run_pass(self) -> tuple[PassPlan, StepLogits]:
         """Runs the next pass of the step that was taken."""
         plan = self._plan_pass(self._current)
-        num_tokens = sum(len(part.input_ids) for part in (plan.context, plan.canvas) if part is not None)
+        attention = plan.attention
         with set_forward_context(
-            plan.metadata, self.vllm_config, num_tokens=num_tokens, slot_mapping=plan.slot_mapping
+            attention.metadata,
+            self.vllm_config,
+            num_tokens=plan.num_tokens,
+            slot_mapping=attention.slot_mapping,
         ):
             return plan, self.model.run(plan)
 
     def _plan_pass(self, step: _Step) -> PassPlan:
-        """The next pass, on what the rows need now; the denoiser's part as before if its rows are the same."""
-        context_rows, gets_token = step.rows.take_context()
-        canvas_rows = step.rows.take_canvases()
-        context, denoiser = self._buffers.send(step.rows.slots, context_rows, canvas_rows)
-        before, step.plan = step.plan, PassPlan()
-        if len(context):
-            self._plan_context(step, context, gets_token)
-        if not len(denoiser):
-            return step.plan
-        is_same = (
-            before is not None
-            and before.canvases is not None
-            and np.array_equal(before.canvases.rows.batch_rows, canvas_rows.batch_rows)
-        )
-        if is_same:
-            step.plan.canvases = before.canvases
-            step.plan.canvases.load()
-            rows = before.canvas.rows
-        else:
-            step.plan.canvases = Canvases(canvas_rows, denoiser.host_slots, denoiser.slots, denoiser.starts, self.table)
-            rows = self._plan_denoiser(step, denoiser)
-        step.plan.metadata |= step.denoiser_metadata
-        step.plan.slot_mapping |= step.denoiser_slot_mapping
-        canvases = step.plan.canvases
-        step.plan.canvas = CanvasInputs(canvases.input_ids, rows, canvases.times())
+        """The next pass, on what the rows need now."""
+        context, gets_token = step.rows.take_context()
+        self._move_states(step, context)
+        sent = self._buffers.send(step.rows.slots, context, step.rows.take_canvases())
+        step.plan = self.plan_towers(step, *sent, gets_token)
         return step.plan
 
-    def _plan_context(self, step: _Step, context: DeviceRows, gets_token: np.ndarray) -> None:
-        """The context tower's part of the step's plan."""
-        plan, rows, tables = step.plan, context.host, step.tables_of(context)
-        self._move_states(rows, tables)
-        row, positions = context.row, context.positions
-        input_ids = self._req_states.all_token_ids.gpu[context.slots[row], positions]
+    def plan_towers(self, step: _Step, context: DeviceRows, denoiser: DeviceRows, gets_token: np.ndarray) -> PassPlan:
+        """The inputs of both towers, made on the device of what was sent there.
+
+        ``gets_token``: which of the context tower's rows get a next token.
+        """
+        plan = PassPlan()
+        if len(context):
+            self._plan_context(plan, step, context, gets_token)
+        if len(denoiser):
+            plan.canvases = canvases = Canvases(denoiser, self.table)
+            tokens, times = canvases.canvas.flatten(), canvases.times()
+            before = step.plan
+            if before is not None and before.canvases is not None and before.canvases.has_rows_of(canvases):
+                plan.canvas = replace(before.canvas, input_ids=tokens, time=times)
+            else:
+                tables = denoiser.block_tables(step.block_tables)
+                attention = self._attention(denoiser, tables, step.denoiser_groups, is_causal=False)
+                rows = CanvasRows(len(denoiser), denoiser.width, self._state_indices(denoiser, tables))
+                plan.canvas = CanvasInputs(attention, tokens, rows, times)
+        return plan
+
+    def _plan_context(self, plan: PassPlan, step: _Step, context: DeviceRows, gets_token: np.ndarray) -> None:
+        """The context tower's part of a plan."""
         logits_indices = None
         if gets_token.any():
-            index = np.flatnonzero(gets_token)
-            logits_indices, of_index = (
-                async_tensor_h2d(values, device=self.device) for values in (rows.query_start_loc[1:][index] - 1, index)
-            )
-            batch_rows = rows.batch_rows[index]
-            ends = TowerRows(batch_rows, rows.ends[index], np.ones_like(index))
-            plan.next_tokens = NextTokens(
-                ends,
-                context.host_slots[index],
-                context.slots[of_index],
-                (context.starts + context.lengths)[of_index],
-                self.table,
-            )
-            plan.next_tokens.num_returned = step.rows.num_new[batch_rows]
-        plan.context = ContextInputs(input_ids, positions, logits_indices, self._prompt_tokens(step, rows))
-        plan.metadata |= self._metadata(context, tables, step.context_groups, plan.slot_mapping, is_causal=True)
+            rows = context
+            if gets_token.all() and context.width == 1:
+                logits_indices = slice(None)
+            else:
+                index = np.flatnonzero(gets_token)
+                rows = context.take(index)
+                logits_indices = context.on_device(context.host.query_start_loc[1:][index] - 1)
+            num_returned = step.rows.num_new[rows.host.batch_rows]
+            plan.next_tokens = NextTokens(rows.next_positions(), self.table, num_returned)
+        attention = self._attention(
+            context, context.block_tables(step.block_tables), step.context_groups, is_causal=True
+        )
+        input_ids = self._req_states.all_token_ids.gpu[context.slots[context.row], context.positions]
+        prompt_tokens = self._prompt_tokens(step, context.host)
+        plan.context = ContextInputs(attention, input_ids, context.positions, logits_indices, prompt_tokens)
 
     def _prompt_tokens(self, step: _Step, rows: TowerRows) -> torch.Tensor | None:
         """See :class:`ContextInputs`; a chunk is read in the first pass of a step."""
@@ -201,22 +200,12 @@ class TwoTowerModelState(ModelState):
         in_batch = (step.query_start[batch_rows] - rows.query_start_loc[:-1])[row] + np.arange(len(row))
         return async_tensor_h2d(np.stack((chosen, in_batch[chosen])), device=self.device)
 
-    def _plan_denoiser(self, step: _Step, denoiser: DeviceRows) -> CanvasRows:
-        """The denoiser's metadata for its rows, kept in the step until they change; and how they lie."""
-        tables = step.tables_of(denoiser)
-        step.denoiser_slot_mapping = {}
-        step.denoiser_metadata = self._metadata(
-            denoiser, tables, step.denoiser_groups, step.denoiser_slot_mapping, is_causal=False
-        )
-        return denoiser.canvas_rows(self._state_indices(denoiser, tables))
-
-    def _move_states(self, rows: TowerRows, block_tables: list[torch.Tensor]) -> None:
+    def _move_states(self, step: _Step, rows: TowerRows) -> None:
         layers = self.vllm_config.compilation_config.static_forward_context
         move_states(
-            rows.starts,
-            rows.ends,
+            rows,
             self._state_block_size,
-            ((block_tables[group], layers[name].kv_cache) for name, group in self._mamba_layers.items()),
+            ((step.block_tables[group], layers[name].kv_cache) for name, group in self._mamba_layers.items()),
         )
 
     def _state_indices(self, rows: DeviceRows, block_tables: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -225,31 +214,26 @@ class TwoTowerModelState(ModelState):
         of_group = {group: block_tables[group].gather(1, columns)[:, 0] for group in self._mamba_groups}
         return {name: of_group[group] for name, group in self._mamba_layers.items()}
 
-    def _metadata(
-        self,
-        rows: DeviceRows,
-        block_tables: list[torch.Tensor],
-        groups: list[list[AttentionGroup]],
-        slot_mapping: dict[str, torch.Tensor],
-        is_causal: bool,
-    ) -> dict[str, Any]:
-        """Attention metadata of one tower, by layer name; also notes where its keys and values go."""
+    def _attention(
+        self, rows: DeviceRows, block_tables: list[torch.Tensor], groups: list[list[AttentionGroup]], is_causal: bool
+    ) -> AttentionInputs:
+        """What one tower's layers need beside hidden states."""
+        slot_mapping: dict[str, torch.Tensor] = {}
         slot_mappings: list[torch.Tensor | None] = [None] * len(groups)
         for group_id, layers in enumerate(groups):
             if layers and group_id not in self._mamba_groups:
-                block_size = self._block_sizes[group_id]
-                pages = block_tables[group_id][rows.row, rows.positions // block_size]
-                slot_mappings[group_id] = pages.long() * block_size + rows.positions % block_size
+                slot_mappings[group_id] = rows.slot_mapping(block_tables[group_id], self._block_sizes[group_id])
                 for group in layers:
                     slot_mapping.update(dict.fromkeys(group.layer_names, slot_mappings[group_id]))
+        host = rows.host if rows.width is None else rows.host.widened(rows.width)
         ends = torch.from_numpy(rows.host.ends.astype(np.int32))
-        return build_attn_metadata(
+        metadata = build_attn_metadata(
             attn_groups=groups,
             num_reqs=len(rows),
-            num_tokens=rows.host.num_tokens,
-            query_start_loc_gpu=rows.query_start_loc.int(),
-            query_start_loc_cpu=torch.from_numpy(rows.host.query_start_loc.astype(np.int32)),
-            max_query_len=int(rows.host.lengths.max()),
+            num_tokens=rows.num_tokens,
+            query_start_loc_gpu=rows.query_start_loc,
+            query_start_loc_cpu=torch.from_numpy(host.query_start_loc.astype(np.int32)),
+            max_query_len=int(host.lengths.max()),
             seq_lens=(rows.starts + rows.lengths).int(),
             max_seq_len=int(ends.max()),
             block_tables=block_tables,
@@ -259,6 +243,7 @@ class TwoTowerModelState(ModelState):
             is_prefilling=torch.ones(len(rows), dtype=torch.bool),
             causal=is_causal,
         )
+        return AttentionInputs(metadata, slot_mapping)
 
 
 @dataclass
@@ -272,14 +257,6 @@ class _Step:
     context_groups: list[list[AttentionGroup]]
     denoiser_groups: list[list[AttentionGroup]]
     plan: PassPlan | None = None
-    denoiser_metadata: dict[str, Any] = field(default_factory=dict)
-    denoiser_slot_mapping: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def tables_of(self, rows: DeviceRows) -> list[torch.Tensor]:
-        """The block tables' rows that belong to a tower's."""
-        if np.array_equal(rows.host.batch_rows, np.arange(len(self.rows))):
-            return self.block_tables
-        return [table[rows.batch_rows] for table in self.block_tables]
 
 
 def _is_denoiser(group: AttentionGroup) -> bool:

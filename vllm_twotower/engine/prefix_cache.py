@@ -18,6 +18,8 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.request import Request
 
+from .tower_rows import TowerRows
+
 Numbers = TypeVar("Numbers", np.ndarray, torch.Tensor)
 
 
@@ -60,22 +62,19 @@ def state_column(num_tokens: Numbers, block_size: int) -> Numbers:
 
 
 def move_states(
-    starts: np.ndarray,
-    ends: np.ndarray,
-    block_size: int,
-    layers: Iterable[tuple[torch.Tensor, tuple[torch.Tensor, ...]]],
+    reads: TowerRows, block_size: int, layers: Iterable[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
 ) -> None:
-    """Copies the states of rows that go on to another page to the slots that the step writes.
+    """Copies the states of rows whose tokens go on to another page to the slots that the pass writes.
 
-    Row i reads tokens ``starts[i]`` to ``ends[i]``. ``layers``: each Mamba layer's block table (rows, columns) and its
-    states, one slot after the other.
+    ``layers``: each Mamba layer's block table (rows of vLLM's batch, columns) and its states, one slot after the other.
     """
-    source, target = state_column(starts, block_size), state_column(ends, block_size)
-    rows = np.flatnonzero((starts > 0) & (source != target))
+    source, target = state_column(reads.starts, block_size), state_column(reads.ends, block_size)
+    rows = np.flatnonzero((reads.starts > 0) & (source != target))
     if not len(rows):
         return
     for table, states in layers:
-        row, old, new = (async_tensor_h2d(x, device=table.device) for x in (rows, source[rows], target[rows]))
+        moved = (reads.batch_rows[rows], source[rows], target[rows])
+        row, old, new = (async_tensor_h2d(x, device=table.device) for x in moved)
         for state in states:
             state[table[row, new]] = state[table[row, old]]
 

@@ -25,7 +25,7 @@ from .report import Report
 from .request_table import RequestTable
 from .step_rows import StepRows
 from .targets import Canvases, NextTokens
-from .tower_rows import TowerRows
+from .tower_rows import DeviceRows, TowerRows
 
 
 class StepSource(PassSource, Protocol):
@@ -95,18 +95,11 @@ class TwoTowerSampler:
             slots = np.arange(min(num_reqs, most_rows))
             for slot in slots:
                 table.add(slot, "", demanding_params(mode, self._max_logprobs))
-            lengths = np.full_like(slots, 1 if mode == "ar" else width)
-            rows = TowerRows(slots, table.max_model_len - lengths, lengths)
-            on_device = (async_tensor_h2d(values, device=table.device) for values in (slots, rows.starts))
-            kind = NextTokens if mode == "ar" else Canvases
-            targets = kind(rows, slots, *on_device, table)
-            head = logits.denoiser_head
+            rows = self._profiled_rows(slots, 1 if mode == "ar" else width)
             if mode == "ar":
-                targets.num_returned, targets.bitmasks, head = (
-                    np.zeros_like(slots),
-                    [None] * len(slots),
-                    logits.context_head,
-                )
+                targets, head = NextTokens(rows, table, np.zeros_like(slots)), logits.context_head
+            else:
+                targets, head = Canvases(rows, table), logits.denoiser_head
             hidden = logits.denoiser[: rows.num_tokens]
             for part, predicted in self._decision.predict(targets, hidden, head, logits.tile, frozenset({"margin"})):
                 self._decision.record(part, predicted, torch.ones_like(predicted.tokens, dtype=torch.bool))
@@ -117,6 +110,14 @@ class TwoTowerSampler:
         tokens = torch.zeros(num_reqs, width, dtype=torch.int64, device=table.device)
         nothing = torch.zeros(num_reqs, dtype=torch.int32, device=table.device)
         return SamplerOutput(tokens, None, None, nothing, nothing.clone())
+
+    def _profiled_rows(self, slots: np.ndarray, length: int) -> DeviceRows:
+        """Rows at the end of as long requests as there can be."""
+        lengths = np.full_like(slots, length)
+        host = TowerRows(slots, self._table.max_model_len - lengths, lengths)
+        of_host = (slots, slots, host.starts, lengths)
+        tensors = (async_tensor_h2d(values, device=self._table.device) for values in of_host)
+        return DeviceRows(host, slots, *tensors, length, has_padding=False)
 
 
 def _bitmasks(logits: StepLogits, input_batch: InputBatch) -> dict[int, np.ndarray]:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
 import torch
 import xgrammar
 from torch import Tensor
-from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_twotower.sampling.prediction import suppress_mask_token
 from vllm_twotower.sampling.strategies import Strategy
 
 from .logit_rules import NOTHING, UNDECIDED
 from .request_table import RequestTable
-from .tower_rows import TowerRows
+from .tower_rows import DeviceRows
 
 
 class Targets:
-    """R rows of a pass with T positions in all, on the host: ``rows`` and ``host_slots`` (R,), their requests.
+    """R rows of a pass with S positions each, T = R * S in all, from ``rows.starts`` on.
 
-    On the device: ``slots`` (R,) and ``starts`` (R,), each row's first position.
+    ``host_slots`` and, on the device, ``slots`` (R,) are their requests' places in the table.
     """
 
     canvas: Tensor | None = None
@@ -31,27 +31,28 @@ class Targets:
     never: int | None = None
     """The token that can stand nowhere."""
 
-    def __init__(self, rows: TowerRows, host_slots: np.ndarray, slots: Tensor, starts: Tensor, table: RequestTable):
-        self.rows, self.host_slots, self.slots, self.starts = rows, host_slots, slots, starts
-        self.table = table
-        self.options = table.options.rows(slots)
+    def __init__(self, rows: DeviceRows, table: RequestTable):
+        self.rows, self.table = rows, table
+        self.host_slots, self.slots, self.starts = rows.host_slots, rows.slots, rows.starts
+        self.options = table.options.rows(self.slots)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        """The rows that requests have, without those that fill up a bucket."""
+        return len(self.host_slots)
 
     def on_device(self, values: np.ndarray) -> Tensor:
         """The values on the targets' device."""
-        return async_tensor_h2d(values, device=self.slots.device)
+        return self.rows.on_device(values)
 
     @cached_property
     def host_row(self) -> np.ndarray:
         """(T,): the row each position belongs to."""
-        return np.repeat(np.arange(len(self)), self.rows.lengths)
+        return np.repeat(np.arange(len(self)), self.rows.width)
 
     @cached_property
     def host_column(self) -> np.ndarray:
         """(T,): each position's place in its row."""
-        return np.arange(self.rows.num_tokens) - self.rows.query_start_loc[:-1][self.host_row]
+        return np.tile(np.arange(self.rows.width), len(self))
 
     @cached_property
     def row(self) -> Tensor:
@@ -63,12 +64,14 @@ class Targets:
         """``host_column`` on the device."""
         return self.on_device(self.host_column)
 
+    def positions_of(self, index: np.ndarray) -> np.ndarray:
+        """Where the positions of some rows (n,) lie among all, row after row: (n * S,)."""
+        width = self.rows.width
+        return (index[:, None] * width + np.arange(width)).ravel()
+
     def take(self, index: np.ndarray) -> Targets:
         """Some of the rows."""
-        of_index = self.on_device(index)
-        return type(self)(
-            self.rows.take(index), self.host_slots[index], self.slots[of_index], self.starts[of_index], self.table
-        )
+        return type(self)(self.rows.take(index), self.table)
 
     def restrict(self, logits: Tensor) -> None:
         """Makes what can never stand there impossible, in place, in logits (T, V)."""
@@ -84,8 +87,8 @@ class Targets:
         return self.host_column
 
     def by_row(self, values: Tensor) -> Tensor:
-        """(T,) -> (R, S), zero where a row is shorter."""
-        return values[:, None]
+        """(T,) -> (R, S)."""
+        return values.view(-1, self.rows.width)
 
     def ahead(self) -> Tensor:
         """What stands in the rows from ``starts`` on (R, S), as :class:`~.logit_rules.RuledRows` has it."""
@@ -94,86 +97,67 @@ class Targets:
 
 class NextTokens(Targets):
     """The position behind each row's text. On the host: ``num_returned`` (R,), the tokens that the step has for the
-    row already, and ``bitmasks``, (V / 32,) int32 each, of the rows (R) that have a grammar."""
+    row already, and by row of vLLM's batch the ``bitmasks``, (V / 32,) int32 each, of grammars."""
 
-    num_returned: np.ndarray
-    bitmasks: list[np.ndarray | None]
+    def __init__(
+        self,
+        rows: DeviceRows,
+        table: RequestTable,
+        num_returned: np.ndarray,
+        bitmasks: Mapping[int, np.ndarray] | None = None,
+    ):
+        super().__init__(rows, table)
+        self.num_returned, self.bitmasks = num_returned, bitmasks or {}
 
     def take(self, index: np.ndarray) -> NextTokens:
-        taken = super().take(index)
-        taken.num_returned, taken.bitmasks = self.num_returned[index], [self.bitmasks[i] for i in index]
-        return taken
+        return NextTokens(self.rows.take(index), self.table, self.num_returned[index], self.bitmasks)
 
     @property
     def has_grammar(self) -> np.ndarray:
-        return np.array([bitmask is not None for bitmask in self.bitmasks])
+        return np.isin(self.rows.host.batch_rows, list(self.bitmasks))
 
     @property
     def returned_column(self) -> np.ndarray:
         return self.num_returned
 
     def restrict(self, logits: Tensor) -> None:
+        if not self.bitmasks:
+            return
         rows = np.flatnonzero(self.has_grammar)
         if len(rows):
             index = self.on_device(rows)
             of_rows = logits[index]
-            bitmasks = self.on_device(np.stack([self.bitmasks[row] for row in rows]))
-            xgrammar.apply_token_bitmask_inplace(of_rows, bitmasks)
+            bitmasks = np.stack([self.bitmasks[row] for row in self.rows.host.batch_rows[rows]])
+            xgrammar.apply_token_bitmask_inplace(of_rows, self.on_device(bitmasks))
             logits[index] = of_rows
 
 
 class Canvases(Targets):
-    """The canvases of blocks that the denoiser fills, of S positions where the canvas length is S.
+    """The canvases of blocks that the denoiser fills: those of the table, as the last pass has left them.
 
-    On the device: ``lengths`` (R,), and what changes from pass to pass, ``canvas`` (R, S), ``masked`` (R, S), the
-    positions still to fill, and ``step`` (R,), the passes a block has had. ``places`` (T,) is where each token lies in
-    the R canvases, flattened; None where all have S positions, so that tokens and positions are one.
+    ``canvas`` (R, S), ``masked`` (R, S) bool, the positions still to fill, and ``step`` (R,), the passes a block has
+    had. S is the width of the pass; behind a shorter canvas nothing is masked.
     """
 
-    def __init__(self, rows: TowerRows, host_slots: np.ndarray, slots: Tensor, starts: Tensor, table: RequestTable):
-        super().__init__(rows, host_slots, slots, starts, table)
-        self._canvas_length, self.never = table.engine.canvas_length, table.engine.mask_token_id
-        self.places = None
-        if (rows.lengths != self._canvas_length).any():
-            self.places = self.on_device(self.host_row * self._canvas_length + self.host_column)
-        self.lengths = self.on_device(rows.lengths)
-        self._strategy = table.strategy[host_slots]
-        self.load()
+    def __init__(self, rows: DeviceRows, table: RequestTable):
+        super().__init__(rows, table)
+        self.never = table.engine.mask_token_id
+        self._strategy = table.strategy[self.host_slots]
+        self.canvas, self.step = table.canvas[self.slots, : rows.width], table.step[self.slots]
+        self.masked = self.canvas == self.never
+        if rows.has_padding:
+            self.masked &= ~rows.is_inert
 
-    def load(self) -> None:
-        """Takes the canvases from the table."""
-        self.set(self.table.canvas[self.slots], self.table.step[self.slots])
+    def has_rows_of(self, other: Canvases) -> bool:
+        """Whether both are canvases of the same rows of vLLM's batch."""
+        return np.array_equal(self.rows.host.batch_rows, other.rows.host.batch_rows)
 
-    def set(self, canvas: Tensor, step: Tensor) -> None:
-        """Puts the canvases (R, S) and their steps (R,)."""
-        self.canvas, self.step = canvas, step
-        self.masked = canvas == self.never
-        if self.places is not None:
-            self.masked &= self._columns < self.lengths[:, None]
-
-    def store(self, whole: Tensor) -> None:
-        """Puts the canvases into the table; where they are ``whole`` (R,) empty ones for the next blocks."""
-        self.table.canvas[self.slots] = self.canvas.masked_fill(whole[:, None], self.never)
-        self.table.step[self.slots] = self.step.masked_fill(whole, 0)
-
-    @property
-    def _columns(self) -> Tensor:
-        return torch.arange(self._canvas_length, device=self.slots.device)
-
-    @property
-    def input_ids(self) -> Tensor:
-        """(T,): the tokens of the canvases."""
-        return self.by_token(self.canvas)
-
-    def by_token(self, values: Tensor) -> Tensor:
-        """(R, S) -> (T,)."""
-        return values.flatten() if self.places is None else values.flatten()[self.places]
-
-    def by_row(self, values: Tensor) -> Tensor:
-        if self.places is not None:
-            empty = values.new_zeros(len(self) * self._canvas_length)
-            values = empty.index_copy_(0, self.places, values)
-        return values.view(len(self), self._canvas_length)
+    def store(self, canvas: Tensor, step: Tensor, whole: Tensor) -> None:
+        """Puts canvases (R, S) into the table; where they are ``whole`` (R,) empty ones for the next blocks."""
+        count = len(self)
+        slots, whole = self.slots[:count], whole[:count]
+        self.table.canvas[slots, : self.rows.width] = canvas[:count].masked_fill(whole[:, None], self.never)
+        self.table.step[slots] = step[:count].masked_fill(whole, 0)
 
     def restrict(self, logits: Tensor) -> None:
         suppress_mask_token(logits, self.never)
@@ -184,7 +168,7 @@ class Canvases(Targets):
     def ahead_of(self, canvas: Tensor, undecided: Tensor) -> Tensor:
         """:meth:`ahead` of another canvas (R, S) and what is ``undecided`` (R, S) in it."""
         ahead = canvas.masked_fill(undecided, UNDECIDED)
-        return ahead if self.places is None else ahead.masked_fill(self._columns >= self.lengths[:, None], NOTHING)
+        return ahead.masked_fill(self.rows.is_inert, NOTHING) if self.rows.has_padding else ahead
 
     @cached_property
     def strategy_rows(self) -> list[tuple[Strategy, Tensor | None]]:
@@ -196,7 +180,7 @@ class Canvases(Targets):
 
     def times(self) -> Tensor:
         """The time (R,) of each block's next pass, as its strategy has it."""
-        time = self.masked.sum(1) / self.lengths
+        time = self.masked.sum(1) / self.rows.lengths.clamp(min=1)
         for strategy, rows in self.strategy_rows:
             if rows is None:
                 time = strategy.time(time, self.step, self.options)

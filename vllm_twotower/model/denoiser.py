@@ -7,7 +7,7 @@ scratch entries when it commits the block. Mamba layers read the context layer's
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -33,7 +33,7 @@ CONTEXT_PREFIX, DENOISER_PREFIX = "context_tower", "denoiser_tower"
 
 @dataclass
 class CanvasRows:
-    """How the packed canvas tokens (T) of a step lie in R rows of at most S positions.
+    """How canvas tokens lie in R rows of ``width`` (S) each, T = R * S.
 
     ``state_indices`` maps a context Mamba layer's name to the slots (R,) of its states; it is empty when memory is
     profiled, before there are any.
@@ -41,45 +41,11 @@ class CanvasRows:
 
     num_rows: int
     width: int
-    row_of_token: Tensor
-    """(T,) int64: the row each token belongs to."""
-    token_of_position: Tensor | None
-    """(R * S,) int64: the token at each position (any token where the row is shorter); None if no row is shorter."""
-    position_of_token: Tensor | None
-    """(T,) int64: where each token lies in (R * S); None if no row is shorter."""
     state_indices: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def pad(self, x: Tensor) -> Tensor:
+    def by_row(self, x: Tensor) -> Tensor:
         """(T, D) -> (R, S, D)."""
-        return (x if self.token_of_position is None else x[self.token_of_position]).view(self.num_rows, self.width, -1)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(R, S, D) -> (T, D)."""
-        x = x.flatten(0, 1)
-        return x if self.position_of_token is None else x[self.position_of_token]
-
-    def by_row(self, x: Tensor) -> tuple[int, ...]:
-        """The shape in which values (T, H) meet those of :meth:`per_token`."""
-        return x.shape if self.token_of_position is not None else (self.num_rows, self.width, x.shape[1])
-
-    def per_token(self, modulation: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Shift, 1 + scale and gate of each layer from (layers, R, 3, H), so that they broadcast over a row's tokens.
-
-        (R, 1, H) each; (T, H) where rows differ in length.
-        """
-        for of_layer in modulation:
-            if self.token_of_position is None:
-                yield of_layer.unsqueeze(2).unbind(1)
-            else:
-                yield of_layer[self.row_of_token].unbind(1)
-
-    @classmethod
-    def for_profiling(cls, num_tokens: int, width: int, device: torch.device) -> CanvasRows:
-        """Rows of ``width`` tokens without a context, the last one shorter."""
-        tokens = torch.arange(num_tokens, device=device)
-        rows = -(-num_tokens // width)
-        positions = torch.arange(rows * width, device=device).clamp_(max=num_tokens - 1)
-        return cls(rows, width, tokens // width, positions, tokens)
+        return x.view(self.num_rows, self.width, -1)
 
 
 def _context_name(layer_name: str) -> str:
@@ -159,19 +125,19 @@ class DenoiserMambaMixer(MambaMixer2):
         gate, xbc, dt = projected.split([self.tped_intermediate_size, self.tped_conv_size, self.tped_dt_size], dim=-1)
         conv_seed, ssm_seed = self._seed(rows, projected)
         x, b, c = self.split_hidden_states_B_C_fn(
-            seeded_conv(rows.pad(xbc), conv_seed, self.conv_weights, self.conv1d.bias)
+            seeded_conv(rows.by_row(xbc), conv_seed, self.conv_weights, self.conv1d.bias)
         )
         groups = (self.n_groups // self.tp_size, self.ssm_state_size)
         y = seeded_scan(
             x.unflatten(-1, (-1, self.head_dim)),
-            F.softplus(rows.pad(dt).float() + self.dt_bias.float()),
+            F.softplus(rows.by_row(dt).float() + self.dt_bias.float()),
             self.A,
             b.unflatten(-1, groups),
             c.unflatten(-1, groups),
             self.D.float(),
             ssm_seed,
         )
-        return self.out_proj(self.norm(rows.pack(y.flatten(2)).to(hidden_states.dtype), gate))[0]
+        return self.out_proj(self.norm(y.flatten(2).flatten(0, 1).to(hidden_states.dtype), gate))[0]
 
 
 class _DenoiserLayer(nn.Module):
@@ -185,15 +151,14 @@ class _DenoiserLayer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, rows: CanvasRows) -> Tensor:
-        """x (T, H) -> (T, H); ``y * scale + shift`` is the modulation, see :meth:`CanvasRows.per_token`."""
+        """x (T, H) -> (T, H); shift, ``scale`` (1 + the learned one) and gate (R, 1, H) are those of the rows."""
         if self.mixes_positions:
-            y = torch.addcmul(shift, x.view(rows.by_row(x)), scale).view(x.shape)
+            y = torch.addcmul(shift, rows.by_row(x), scale).view(x.shape)
             y = self.mixer(self.norm(y), rows)
         else:
-            y = self.norm(x)
-            y = self.mixer(torch.addcmul(shift, y.view(rows.by_row(y)), scale).view(x.shape))
-        by_row = rows.by_row(x)
-        return torch.addcmul(x.view(by_row), gate, y.view(by_row)).view(x.shape)
+            y = torch.addcmul(shift, rows.by_row(self.norm(x)), scale).view(x.shape)
+            y = self.mixer(y)
+        return torch.addcmul(rows.by_row(x), gate, rows.by_row(y)).view(x.shape)
 
 
 class DenoiserMambaLayer(_DenoiserLayer):
@@ -265,8 +230,8 @@ class DenoiserTower(NemotronHModel):
         Args: input_ids (T,); shared (R, 3, H), the time conditioning of each row; tables, one (3, H) a layer.
         """
         x = self.embed_input_ids(input_ids)
-        modulation = shared + torch.stack(tuple(tables))[:, None]  # (layers, R, 3, H)
+        modulation = shared.unsqueeze(2) + torch.stack(tuple(tables))[:, None, :, None]  # (layers, R, 3, 1, H)
         modulation[:, :, 1] += 1
-        for layer, (shift, scale, gate) in zip(self.layers, rows.per_token(modulation), strict=True):
-            x = layer(x, shift, scale, gate, rows)
+        for layer, of_layer in zip(self.layers, modulation, strict=True):
+            x = layer(x, *of_layer.unbind(1), rows)
         return self.norm_f(x)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
@@ -117,7 +118,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         if plan is None:
             return self._profile(input_ids, positions)
         forward_context = get_forward_context()
-        forward_context.slot_mapping = plan.slot_mapping
+        forward_context.slot_mapping = plan.attention.slot_mapping
         forward_context.is_padding = None
         self._step_logits, hidden = self._run(plan)
         if plan.context is None or plan.context.prompt_tokens is None:
@@ -150,8 +151,10 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     def _profile(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         self.context_tower(input_ids, positions)
-        rows = CanvasRows.for_profiling(len(input_ids), self.options.canvas_length, input_ids.device)
-        hidden = self.denoise(input_ids, rows, torch.ones(rows.num_rows, device=input_ids.device))
+        width = self.options.canvas_length
+        rows = CanvasRows(-(-len(input_ids) // width), width)
+        canvases = F.pad(input_ids, (0, rows.num_rows * width - len(input_ids)))
+        hidden = self.denoise(canvases, rows, torch.ones(rows.num_rows, device=input_ids.device))[: len(input_ids)]
         self._step_logits = self._logits(None, hidden)
         return hidden
 
