@@ -175,12 +175,13 @@ def test_rows_of_a_bucket() -> None:
     """Those that fill it up have no tokens: they are written nowhere, and no page is theirs."""
     rows = step({"computed": 30, "read": 29, "scheduled": 1, "drafts": 1, "is_ar": True})
     taken = rows.take_context()[0]
-    read, denoised = PassBuffers(4, torch.device("cpu")).send(rows.slots, taken, rows.take_canvases(), bucket=3)
+    buffers = PassBuffers(4, torch.device("cpu"))
+    read, denoised = buffers.send(rows.slots, taken, rows.take_canvases(), (3, 1), (2, WIDTH))
     tables = read.block_tables([torch.full((1, 8), 5)])
     assert (len(read), read.lengths.tolist()) == (3, [1, 0, 0])
     assert tables[0].tolist() == [[5] * 8, [0] * 8, [0] * 8]
     assert read.slot_mapping(tables[0], 8).tolist() == [5 * 8 + 29 % 8, -1, -1]
-    assert denoised.lengths.tolist() == [0, 0, 0]
+    assert (denoised.lengths.tolist(), denoised.num_tokens) == ([0, 0], 2 * WIDTH)
 
 
 def test_reports_arrive() -> None:

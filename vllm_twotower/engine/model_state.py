@@ -59,6 +59,8 @@ class TwoTowerModelState(ModelState):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Notes which block table each Mamba layer's states are in, and the page sizes."""
         self._kv_cache_config, self._block_sizes = kv_cache_config, block_tables.block_sizes
+        # Those of the rows of vLLM's batch, which it fills before every step.
+        self._block_tables = block_tables.input_block_tables
         self._state_block_size = state_block_size(kv_cache_config, self.max_model_len)
         self._commit_interval = commit_interval(kv_cache_config, self.max_model_len)
         groups = enumerate(kv_cache_config.kv_cache_groups)
@@ -116,7 +118,6 @@ class TwoTowerModelState(ModelState):
             rows,
             input_batch.query_start_loc_np[:num_reqs],
             input_batch.prefill_len_np[:num_reqs],
-            [table[:num_reqs] for table in block_tables],
             *towers,
         )
         return self._plan_pass(self._step).attention.metadata
@@ -143,7 +144,7 @@ class TwoTowerModelState(ModelState):
     def _plan_pass(self, step: _Step) -> PassPlan:
         """The next pass, on what the rows need now."""
         context, gets_token = step.rows.take_context()
-        self._move_states(step, context)
+        self._move_states(context)
         sent = self._buffers.send(step.rows.slots, context, step.rows.take_canvases())
         step.plan = self.plan_towers(step, *sent, gets_token)
         return step.plan
@@ -163,7 +164,7 @@ class TwoTowerModelState(ModelState):
             if before is not None and before.canvases is not None and before.canvases.has_rows_of(canvases):
                 plan.canvas = replace(before.canvas, input_ids=tokens, time=times)
             else:
-                tables = denoiser.block_tables(step.block_tables)
+                tables = denoiser.block_tables(self._block_tables)
                 attention = self._attention(denoiser, tables, step.denoiser_groups, is_causal=False)
                 rows = CanvasRows(len(denoiser), denoiser.width, self._state_indices(denoiser, tables))
                 plan.canvas = CanvasInputs(attention, tokens, rows, times)
@@ -183,7 +184,7 @@ class TwoTowerModelState(ModelState):
             num_returned = step.rows.num_new[rows.host.batch_rows]
             plan.next_tokens = NextTokens(rows.next_positions(), self.table, num_returned)
         attention = self._attention(
-            context, context.block_tables(step.block_tables), step.context_groups, is_causal=True
+            context, context.block_tables(self._block_tables), step.context_groups, is_causal=True
         )
         input_ids = self._req_states.all_token_ids.gpu[context.slots[context.row], context.positions]
         prompt_tokens = self._prompt_tokens(step, context.host)
@@ -200,12 +201,12 @@ class TwoTowerModelState(ModelState):
         in_batch = (step.query_start[batch_rows] - rows.query_start_loc[:-1])[row] + np.arange(len(row))
         return async_tensor_h2d(np.stack((chosen, in_batch[chosen])), device=self.device)
 
-    def _move_states(self, step: _Step, rows: TowerRows) -> None:
+    def _move_states(self, rows: TowerRows) -> None:
         layers = self.vllm_config.compilation_config.static_forward_context
         move_states(
             rows,
             self._state_block_size,
-            ((step.block_tables[group], layers[name].kv_cache) for name, group in self._mamba_layers.items()),
+            ((self._block_tables[group], layers[name].kv_cache) for name, group in self._mamba_layers.items()),
         )
 
     def _state_indices(self, rows: DeviceRows, block_tables: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -235,7 +236,7 @@ class TwoTowerModelState(ModelState):
             query_start_loc_cpu=torch.from_numpy(host.query_start_loc.astype(np.int32)),
             max_query_len=int(host.lengths.max()),
             seq_lens=(rows.starts + rows.lengths).int(),
-            max_seq_len=int(ends.max()),
+            max_seq_len=int(rows.host.ends.max()),
             block_tables=block_tables,
             slot_mappings=slot_mappings,
             kv_cache_config=self._kv_cache_config,
@@ -253,7 +254,6 @@ class _Step:
     rows: StepRows
     query_start: np.ndarray
     prefill_len: np.ndarray
-    block_tables: list[torch.Tensor]
     context_groups: list[list[AttentionGroup]]
     denoiser_groups: list[list[AttentionGroup]]
     plan: PassPlan | None = None

@@ -26,23 +26,29 @@ class PassBuffers:
         slots: np.ndarray,
         context: TowerRows,
         denoiser: TowerRows,
-        bucket: int | None = None,
+        context_bucket: tuple[int, int] | None = None,
+        denoiser_bucket: tuple[int, int] | None = None,
     ) -> tuple[DeviceRows, DeviceRows]:
         """Sends the rows of both towers; ``slots`` are those of vLLM's batch.
 
-        Canvases have the width of the longest. What was sent before must have been read. A ``bucket`` is the number of
-        rows on the device, filled up with rows that have no tokens, for passes that are replayed.
+        Canvases have the width of the longest. What was sent before must have been read. The buckets are for passes
+        that are replayed: so many rows on the device, of so many tokens each; what is left of them is inert.
         """
-        sent = []
-        for rows, array, buffer in zip((context, denoiser), self._array, self._device, strict=True):
-            count, of_rows = len(rows), slots[rows.batch_rows]
-            array[:, :count] = rows.batch_rows, of_rows, rows.starts, rows.lengths
-            array[:, count:] = 0
-            width = rows.common_length if count else 0
-            has_padding = bucket is not None or (width is None and rows is denoiser)
-            if rows is denoiser and width is None:
-                width = int(rows.lengths.max())
-            sent.append(DeviceRows(rows, of_rows, *buffer[:, : bucket or count], width, has_padding))
+        towers = ((context, context_bucket), (denoiser, denoiser_bucket))
+        sent = [self._put(i, slots, *tower, is_padded=i == 1) for i, tower in enumerate(towers)]
         if self._device is not self._host:
             self._device.copy_(self._host, non_blocking=True)
         return sent[0], sent[1]
+
+    def _put(
+        self, tower: int, slots: np.ndarray, rows: TowerRows, bucket: tuple[int, int] | None, is_padded: bool
+    ) -> DeviceRows:
+        """The rows of one tower, which arrive with the next copy; ``is_padded`` gives all the width of the longest."""
+        count, of_rows, array = len(rows), slots[rows.batch_rows], self._array[tower]
+        array[:, :count] = rows.batch_rows, of_rows, rows.starts, rows.lengths
+        array[:, count:] = 0
+        longest = int(rows.lengths.max(initial=0))
+        is_even = bool((rows.lengths == longest).all())
+        num_rows, width = bucket or (count, longest if is_padded or is_even else None)
+        has_padding = bucket is not None or (width is not None and not is_even)
+        return DeviceRows(rows, of_rows, *self._device[tower, :, :num_rows], width, has_padding)

@@ -48,11 +48,6 @@ class TowerRows:
         """(n,): the position behind each row's last token."""
         return self.starts + self.lengths
 
-    @property
-    def common_length(self) -> int | None:
-        """The length of all rows, if they have the same."""
-        return int(self.lengths[0]) if (self.lengths == self.lengths[0]).all() else None
-
 
 @dataclass
 class DeviceRows:

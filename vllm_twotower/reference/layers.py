@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_twotower.checkpoint import TIMESTEP_FREQUENCIES, TwoTowerConfig
+from vllm_twotower.checkpoint import TwoTowerConfig
 
 SCAN_CHUNK = 32
 """Positions the scan treats as one matrix product; a matter of speed only."""
@@ -292,39 +291,3 @@ class Mamba2(nn.Module):
     def state_after(self, trace: MambaTrace) -> MambaState:
         """The state after the last position of a forward pass."""
         return MambaState(trace.conv_inputs[:, -self.history :], trace.scan.boundaries[:, -1])
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoidal embedding of 1000 t (cosines first), then Linear, SiLU, Linear.
-
-    The time is rounded to the model's dtype before and after the multiplication, the frequencies are fp32: one ulp
-    there moves logits by up to 1e-3.
-    """
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(TIMESTEP_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-
-    def forward(self, t: Tensor) -> Tensor:
-        """t (R,) in [0, 1] -> (R, H)."""
-        dtype = self.mlp[0].weight.dtype
-        return self.mlp(sinusoidal_embedding(t.to(dtype) * 1000).to(dtype))
-
-
-def sinusoidal_embedding(t: Tensor) -> Tensor:
-    """t (R,) -> (R, 256) fp32: ``[cos(t f) | sin(t f)]`` with ``f = exp(-ln(10000) k / 128)``, k = 0..127."""
-    angles = t.float()[:, None] * _frequencies(t.device)
-    return torch.cat((angles.cos(), angles.sin()), -1)
-
-
-@torch.compiler.assume_constant_result  # the compiler warns of cached functions that it traces
-def _frequencies(device: torch.device) -> Tensor:
-    return _cached_frequencies(device)
-
-
-@cache
-def _cached_frequencies(device: torch.device) -> Tensor:
-    half = TIMESTEP_FREQUENCIES // 2
-    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_twotower.checkpoint import TwoTowerConfig, WeightCheck, read_tensors, write_tensors
+from vllm_twotower.model.time_conditioning import TimestepEmbedder
 
 from .layers import (
     MLP,
@@ -23,7 +24,6 @@ from .layers import (
     MambaTrace,
     MoE,
     RMSNorm,
-    TimestepEmbedder,
     causal_mask,
 )
 

@@ -18,7 +18,7 @@ MASKED_LOGIT = -1e12
 
 def suppress_mask_token(logits: Tensor, mask_token_id: int) -> None:
     """Makes the mask token impossible to predict, in place, in logits (T, V)."""
-    logits[:, mask_token_id] = MASKED_LOGIT
+    logits[:, mask_token_id].fill_(MASKED_LOGIT)
 
 
 def predict(logits: Tensor) -> tuple[Tensor, Tensor]:
