@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from closed_loop import TINY, closed_loop, problems
 from summary import Summary
 
-from vllm_twotower.checkpoint import TwoTowerConfig
+from vllm_twotower.architecture import TwoTowerConfig
 from vllm_twotower.offline import fastest_dtype
 from vllm_twotower.planning.cli import DTYPE_BYTES
 from vllm_twotower.planning.cost_model import CostModel, PassCost

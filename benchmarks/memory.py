@@ -17,7 +17,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from closed_loop import TINY, problems, start
 from summary import Summary
 
-from vllm_twotower.checkpoint import TwoTowerConfig
+from vllm_twotower.architecture import TwoTowerConfig
 from vllm_twotower.offline import fastest_dtype
 from vllm_twotower.planning.model_size import ModelSize
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from vllm_twotower.checkpoint import TwoTowerConfig
+from vllm_twotower.architecture import TwoTowerConfig
 from vllm_twotower.planning.cost_model import CostModel
 from vllm_twotower.planning.hardware import DEVICES
 from vllm_twotower.planning.released import RELEASED_CONFIG

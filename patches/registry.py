@@ -1,37 +1,13 @@
-"""The record of one patch, and the two moments at which patches are installed."""
+"""The record of one patch, when it applies, and how it is installed."""
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Modules of this package, each with a tuple PATCHES. The start modules must import neither torch nor vLLM at the top.
-START_MODULES = (
-    "model_runner_choice",
-    "sampling_params",
-    "structured_outputs",
-    "diffusion_metrics",
-    "shared_memory_names",
-    "beam_search",
-    "open_requests",
-    "request_errors",
-)
-WORKER_MODULES = (
-    "shared_memory_names_ranks",
-    "triton_placeholder",
-    "cpu_staged_writes",
-    "cpu_input_batch",
-    "cpu_block_tables",
-    "cpu_kv_zeroing",
-    "cpu_logprobs",
-    "embedding_mask",
-    "grammar_bitmask",
-)
-
-TWO_TOWER_ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
-
-_installed: set[str] = set()
+from vllm_twotower.architecture import ARCHITECTURE
 
 
 @dataclass(frozen=True)
@@ -41,6 +17,8 @@ class Patch:
     Attributes:
         name: short unique name.
         target: the replaced attribute, as "module:attribute.path".
+        function: what replaces it, as "module:name" within this package.
+        wraps: whether the function is called with what it replaces, and returns the replacement.
         what: what the replacement does.
         why: what goes wrong without it.
         upstream: issue or pull request, or "not reported".
@@ -48,11 +26,12 @@ class Patch:
         applies_when: whether this process needs the patch; its docstring says when.
         sources: the upstream definitions ("module:qualified.name") whose behaviour the replacement relies on.
         source_sha256: vLLM release -> digest of the sources' text at which the patch was checked; see test_patches.py.
-        install: replaces the target.
     """
 
     name: str
     target: str
+    function: str
+    wraps: bool
     what: str
     why: str
     upstream: str
@@ -60,27 +39,19 @@ class Patch:
     applies_when: Callable[[], bool]
     sources: tuple[str, ...]
     source_sha256: Mapping[str, str]
-    install: Callable[[], None]
 
-
-def install_start_patches() -> None:
-    """Install what every vLLM process needs from the start. Cheap, and a second call does nothing."""
-    _install(START_MODULES)
-
-
-def install_worker_patches() -> None:
-    """Install what a worker needs before its first step. A second call does nothing."""
-    _install(WORKER_MODULES)
-
-
-def all_patches() -> tuple[Patch, ...]:
-    """Every registered patch, whether it applies here or not."""
-    return tuple(patch for name in START_MODULES + WORKER_MODULES for patch in load_patches(name))
-
-
-def load_patches(module_name: str) -> tuple[Patch, ...]:
-    """The patches which one module of this package registers."""
-    return importlib.import_module(f"{__package__}.{module_name}").PATCHES
+    def install(self) -> None:
+        """Replaces the target if the patch applies here; raises RuntimeError if it does not fit the installed vLLM."""
+        try:
+            if self.applies_when():
+                holder, attribute = locate(self.target)
+                module, _, name = self.function.partition(":")
+                function = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+                if self.wraps:
+                    function = function(inspect.getattr_static(holder, attribute))
+                setattr(holder, attribute, function)
+        except MissingTargetError as error:
+            raise RuntimeError(f"vllm-twotower's patch '{self.name}' does not fit this vLLM: {error}.") from error
 
 
 class MissingTargetError(RuntimeError):
@@ -103,16 +74,8 @@ def locate(target: str) -> tuple[Any, str]:
     return holder, attribute
 
 
-def replace(target: str, replacement: Any) -> None:
-    """Set the attribute named by "module:attribute.path"."""
-    holder, attribute = locate(target)
-    setattr(holder, attribute, replacement)
-
-
-def call_after(target: str, after: Callable[[Any], None]) -> None:
-    """Have ``after`` called with the object whenever the method named by "module:attribute.path" has returned."""
-    holder, name = locate(target)
-    upstream = getattr(holder, name)
+def followed_by(upstream: Callable, after: Callable[[Any], None]) -> Callable:
+    """The method ``upstream``, and ``after`` called with the object when it has returned."""
 
     @functools.wraps(upstream)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +83,7 @@ def call_after(target: str, after: Callable[[Any], None]) -> None:
         after(self)
         return result
 
-    replace(target, method)
+    return method
 
 
 def runs_on_cpu_without_triton() -> bool:
@@ -138,6 +101,29 @@ def runs_on_cpu() -> bool:
     return current_platform.is_cpu()
 
 
+def kernel_cannot_launch(target: str) -> Callable[[], bool]:
+    """The condition for replacing the Triton kernel at ``target``, or a method that launches it."""
+
+    def kernel_cannot_launch() -> bool:
+        """On a CPU without Triton, where vLLM has no fallback of its own for the kernel."""
+        if not runs_on_cpu_without_triton():
+            return False
+        from vllm_twotower.patches.cpu_runner.kernel import CpuKernel
+
+        holder, name = locate(target)
+        kernel = getattr(holder, name)
+        return isinstance(kernel, CpuKernel) or not hasattr(kernel, "__getitem__")
+
+    return kernel_cannot_launch
+
+
+def in_one_of_several_ranks() -> bool:
+    """In a process that is one rank of several, and so serves nothing else."""
+    from vllm.distributed import get_tp_group, model_parallel_is_initialized
+
+    return model_parallel_is_initialized() and get_tp_group().world_size > 1
+
+
 def everywhere() -> bool:
     """In every process, on every platform."""
     return True
@@ -145,22 +131,4 @@ def everywhere() -> bool:
 
 def serves_two_tower(model_config: Any) -> bool:
     """Whether a vLLM ModelConfig (or None) is for the TwoTower model."""
-    return model_config is not None and TWO_TOWER_ARCHITECTURE in (model_config.architectures or ())
-
-
-def _install(module_names: tuple[str, ...]) -> None:
-    for module_name in module_names:
-        for patch in load_patches(module_name):
-            if patch.name not in _installed:
-                install_if_needed(patch)
-                _installed.add(patch.name)
-
-
-def install_if_needed(patch: Patch) -> None:
-    """Install one patch if it applies here; a RuntimeError says which one does not fit the installed vLLM."""
-    try:
-        if patch.applies_when():
-            locate(patch.target)
-            patch.install()
-    except MissingTargetError as error:
-        raise RuntimeError(f"vllm-twotower's patch '{patch.name}' does not fit this vLLM: {error}.") from error
+    return model_config is not None and ARCHITECTURE in (model_config.architectures or ())

@@ -1,11 +1,10 @@
 """Grammars for the autoregressive requests of TwoTower (upstream: vllm/sampling_params.py)."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
-from vllm_twotower.patches.registry import Patch, everywhere, locate, replace, serves_two_tower
-
-VALIDATION = "vllm.sampling_params:SamplingParams._validate_structured_outputs"
+from vllm_twotower.patches.registry import serves_two_tower
 
 
 class AsIfCausal:
@@ -20,10 +19,8 @@ class AsIfCausal:
         return getattr(self._model_config, name)
 
 
-def install_validation() -> None:
+def as_for_causal_models(upstream_validate: Callable) -> Callable:
     """Check a TwoTower request's grammar as a causal model's: ``_validate_diffusion`` has refused it for blocks."""
-    holder, name = locate(VALIDATION)
-    upstream_validate = getattr(holder, name)
 
     @functools.wraps(upstream_validate)
     def validate(self: Any, model_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -31,23 +28,4 @@ def install_validation() -> None:
             self, AsIfCausal(model_config) if serves_two_tower(model_config) else model_config, *args, **kwargs
         )
 
-    replace(VALIDATION, validate)
-
-
-PATCHES = (
-    Patch(
-        name="structured-outputs-validation",
-        target=VALIDATION,
-        what="SamplingParams._validate_structured_outputs checks a TwoTower request as one for a causal model.",
-        why="vLLM refuses grammars for every diffusion model; TwoTower's autoregressive requests can have them, and "
-        "blocks are refused one by our own validation just before.",
-        upstream="https://github.com/vllm-project/vllm/issues/45436",
-        remove_when="vLLM lets a diffusion model say which requests can have structured outputs",
-        applies_when=everywhere,
-        sources=(VALIDATION, "vllm.sampling_params:SamplingParams.verify"),
-        source_sha256=dict.fromkeys(
-            ("0.32.0", "0.33.0"), "1fdadd0a01671330fd43daa28336d7e11011db1d74cd2bf91293d1f790068c1c"
-        ),
-        install=install_validation,
-    ),
-)
+    return validate

@@ -22,7 +22,8 @@ from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
-from vllm_twotower.patches.registry import WORKER_MODULES, load_patches, locate
+from vllm_twotower.patches import WORKER_PATCHES
+from vllm_twotower.patches.registry import locate
 
 PROMPTS = [{"prompt_token_ids": [1, *range(5 * i + 10, 5 * i + 30)]} for i in range(3)]
 OURS = {"diffusion_mode": "ar", "diffusion_max_steps": 0}
@@ -83,7 +84,7 @@ def beam_search_is_refused(model_config: Any) -> str | None:
 
 def replaced_in_workers() -> list[str]:
     """The patches for workers whose target is ours in this process."""
-    targets = {patch.name: locate(patch.target) for name in WORKER_MODULES for patch in load_patches(name)}
+    targets = {patch.name: locate(patch.target) for patch in WORKER_PATCHES}
     found = {name: getattr(*target) for name, target in targets.items()}
     modules = {name: getattr(value, "__module__", None) or type(value).__module__ for name, value in found.items()}
     return [name for name, module in modules.items() if module.startswith("vllm_twotower")]

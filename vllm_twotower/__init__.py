@@ -8,8 +8,8 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from vllm_twotower.checkpoint import ARCHITECTURE
-    from vllm_twotower.engine.vllm_config import TwoTowerModelConfig
+    from vllm_twotower.architecture import ARCHITECTURE
+    from vllm_twotower.engine_config import TwoTowerModelConfig
     from vllm_twotower.patches import install_start_patches
 
     ModelRegistry.register_model(ARCHITECTURE, "vllm_twotower.model.two_tower:NemotronHTwoTowerForCausalLM")

@@ -19,16 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_twotower.checkpoint import (
+from vllm_twotower.architecture import (
     ARCHITECTURE,
     DEFAULT_MASK_TOKEN_ID,
     CheckpointError,
     TwoTowerConfig,
-    WeightCheck,
     layer_pattern,
-    tensor_headers,
     tensor_shapes,
 )
+from vllm_twotower.checkpoint import WeightCheck, tensor_headers
 
 INDEX = "model.safetensors.index.json"
 _TOWER = re.compile(r"^(?:backbone|model)\.(?=embeddings\.|layers\.|norm_f\.)")

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
-from vllm_twotower.checkpoint import CheckpointError, TwoTowerConfig, tensor_headers, tensor_shapes
+from vllm_twotower.architecture import CheckpointError, TwoTowerConfig, tensor_shapes
+from vllm_twotower.checkpoint import tensor_headers
 from vllm_twotower.parallel import TENSOR_PARALLEL_SIZES, tensor_parallel_obstacle
 from vllm_twotower.planning.model_size import ModelSize
 

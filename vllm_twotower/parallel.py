@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vllm_twotower.checkpoint import TwoTowerConfig
+    from vllm_twotower.architecture import TwoTowerConfig
 
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 """What plans and inspections show."""

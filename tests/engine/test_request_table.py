@@ -24,7 +24,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
 
-from vllm_twotower.config import RequestOptions
+from vllm_twotower.options import RequestOptions
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "requests.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"

@@ -19,8 +19,8 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.outputs import LogprobsTensors
 
-from vllm_twotower.config import EngineOptions
 from vllm_twotower.engine.request_table import RequestTable
+from vllm_twotower.options import EngineOptions
 from vllm_twotower.reference import generate_mask_diffusion
 from vllm_twotower.sampling.strategies import NOISE_SCHEDULES
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_twotower.checkpoint import CheckpointError, TwoTowerConfig, WeightCheck, read_tensors, tensor_shapes
+from vllm_twotower.architecture import CheckpointError, TwoTowerConfig, tensor_shapes
+from vllm_twotower.checkpoint import WeightCheck, read_tensors
 from vllm_twotower.planning.released import RELEASED_CONFIG
 from vllm_twotower.reference import TwoTowerModel
 

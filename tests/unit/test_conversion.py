@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vllm_twotower import cli
-from vllm_twotower.checkpoint import CheckpointError, TwoTowerConfig, read_tensors
+from vllm_twotower.architecture import CheckpointError, TwoTowerConfig
+from vllm_twotower.checkpoint import read_tensors
 from vllm_twotower.conversion import make_two_tower
 from vllm_twotower.reference import TwoTowerModel
 

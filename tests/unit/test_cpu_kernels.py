@@ -12,15 +12,9 @@ pytest.importorskip("vllm")
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 import vllm_twotower.patches as patches
-from vllm_twotower.patches import (
-    cpu_block_tables,
-    cpu_input_batch,
-    cpu_kv_zeroing,
-    cpu_logprobs,
-    cpu_staged_writes,
-    registry,
-)
-from vllm_twotower.patches._cpu_kernel import CpuKernel
+from vllm_twotower.patches import registry
+from vllm_twotower.patches.cpu_runner import block_tables as cpu_block_tables
+from vllm_twotower.patches.cpu_runner import input_batch, kv_zeroing, logprobs, staged_writes
 
 SLOTS = 9
 MAX_LEN = 64
@@ -39,14 +33,9 @@ def stale(*shape, dtype=torch.int32):
     return torch.full(shape, STALE, dtype=dtype)
 
 
-def launch(function, *args, **options):
+def launch(kernel, *args, **options):
     """Call a kernel the way vLLM does, with tensors and a grid."""
-    CpuKernel(function)[(1,)](*args, **options)
-
-
-def launch_torch(function, *args, **options):
-    """The same for a kernel that is written in torch."""
-    cpu_logprobs.TorchKernel(function)[(1,)](*args, **options)
+    kernel[(1,)](*args, **options)
 
 
 class Step:
@@ -98,7 +87,7 @@ def test_prepare_prefill_inputs(seed):
             expected_lookahead[ahead][slot] = all_tokens[slot][position] if position < prefill[slot] else 0
 
     launch(
-        cpu_input_batch.prepare_prefill_inputs,
+        input_batch.prepare_prefill_inputs,
         input_ids,
         lookahead,
         lookahead.stride(0),
@@ -121,7 +110,7 @@ def test_prefill_lookahead_at_the_end_of_the_table_is_zero():
     all_tokens = tensor(token_table(random.Random(0), SLOTS, MAX_LEN))
     input_ids, lookahead = stale(MAX_LEN), stale(1, SLOTS)
     launch(
-        cpu_input_batch.prepare_prefill_inputs,
+        input_batch.prepare_prefill_inputs,
         input_ids,
         lookahead,
         SLOTS,
@@ -150,7 +139,7 @@ def test_prepare_pos_seq_lens(seed):
             expected_positions[step.bounds[row] + i] = computed[slot] + i
 
     launch(
-        cpu_input_batch.prepare_pos_seq_lens,
+        input_batch.prepare_pos_seq_lens,
         positions,
         seq_lens,
         step.idx_mapping,
@@ -192,7 +181,7 @@ def test_combine_sampled_and_draft_tokens(seed, num_new):
             expected_ids[end - (count - num_new) + i] = drafts[slot][i]
 
     launch(
-        cpu_input_batch.combine_sampled_and_draft_tokens,
+        input_batch.combine_sampled_and_draft_tokens,
         input_ids,
         step.idx_mapping,
         tensor(last_sampled, torch.int64),
@@ -213,7 +202,7 @@ def test_combine_sampled_and_draft_tokens(seed, num_new):
 def test_combine_without_speculative_steps():
     input_ids, logits_indices = stale(3), stale(2, dtype=torch.int64)
     launch(
-        cpu_input_batch.combine_sampled_and_draft_tokens,
+        input_batch.combine_sampled_and_draft_tokens,
         input_ids,
         tensor([1, 0], torch.int64),
         tensor([[5], [6]], torch.int64),
@@ -261,7 +250,7 @@ def test_post_update(seed, with_query, with_counts, some_skipped):
         expected["computed"][slot] += (step.query_lens[row] if with_query else 0) - num_rejected[row]
 
     launch(
-        cpu_input_batch.post_update,
+        input_batch.post_update,
         tensor(idx_mapping, torch.int64),
         state["computed"],
         state["last_sampled"],
@@ -287,7 +276,7 @@ def test_post_update_num_computed_tokens(seed):
     expected = computed.tolist()
     for row, slot in enumerate(step.slots):
         expected[slot] += step.query_lens[row]
-    launch(cpu_input_batch.post_update_num_computed_tokens, step.idx_mapping, computed, step.query_start_loc)
+    launch(input_batch.post_update_num_computed_tokens, step.idx_mapping, computed, step.query_start_loc)
     assert computed.tolist() == expected
 
 
@@ -297,7 +286,7 @@ def test_expand_idx_mapping(seed):
     num_logits = [step.rng.randint(0, SPEC) for _ in step.slots]
     expanded, local = stale(sum(num_logits), dtype=torch.int64), stale(sum(num_logits))
     launch(
-        cpu_input_batch.expand_idx_mapping,
+        input_batch.expand_idx_mapping,
         step.idx_mapping,
         expanded,
         local,
@@ -331,7 +320,7 @@ def test_apply_write(seed, dtype, columns):
         cu_lens.append(len(contents))
 
     launch(
-        cpu_staged_writes.apply_write,
+        staged_writes.apply_write,
         output,
         output.stride(0),
         tensor(rows),
@@ -349,7 +338,7 @@ def test_apply_write_keeps_64_bit_addresses():
     """row * stride must not wrap at 32 bits."""
     with pytest.raises(IndexError, match=str(2**17 * 2**17)):
         launch(
-            cpu_staged_writes.apply_write,
+            staged_writes.apply_write,
             torch.zeros(1, dtype=torch.int32),
             2**17,
             tensor([2**17]),
@@ -469,7 +458,7 @@ def test_zero_kv_blocks(seed):
         expected.append(values)
 
     launch(
-        cpu_kv_zeroing.zero_kv_blocks,
+        kv_zeroing.zero_kv_blocks,
         torch.tensor(addresses, dtype=torch.uint64),
         tensor(strides, torch.int64),
         tensor(pages, torch.int64),
@@ -482,7 +471,7 @@ def test_zero_kv_blocks(seed):
 def random_logits(seed: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
     """[rows, vocab] with ties and infinities; the rows lie apart in memory, with larger values between them."""
     rng = random.Random(seed)
-    num_rows = 0 if seed == 0 else rng.randint(1, 3 * cpu_logprobs.CHUNK_ROWS)
+    num_rows = 0 if seed == 0 else rng.randint(1, 3 * logprobs.CHUNK_ROWS)
     values = [
         [rng.choice([-math.inf, rng.randint(-8, 8), rng.uniform(-20, 20)]) for _ in range(vocab)]
         for _ in range(num_rows)
@@ -513,8 +502,8 @@ def test_topk_log_softmax(seed, dtype):
         log_sum = math.log(math.fsum(math.exp(logit) for logit in row))
         expected.append([row[token] - log_sum for token in row_ids])
 
-    launch_torch(
-        cpu_logprobs.topk_log_softmax,
+    launch(
+        logprobs.topk_log_softmax,
         output,
         logits,
         logits.stride(0),
@@ -532,12 +521,12 @@ def test_topk_log_softmax(seed, dtype):
 @logit_types
 def test_topk_log_softmax_of_a_real_vocabulary(dtype, offset):
     """As exact as torch's fp32 log-softmax of all rows at once, whatever the logits' level."""
-    num_rows, vocab = cpu_logprobs.CHUNK_ROWS + 1, 131072
+    num_rows, vocab = logprobs.CHUNK_ROWS + 1, 131072
     generator = torch.Generator().manual_seed(0)
     logits = (5 * torch.randn(num_rows, vocab, generator=generator) + offset).to(dtype)
     topk_ids = torch.randint(vocab, (num_rows, 20), generator=generator)
     output = stale(num_rows, 20, dtype=torch.float32)
-    launch_torch(cpu_logprobs.topk_log_softmax, output, logits, vocab, topk_ids, 20, 20, vocab)
+    launch(logprobs.topk_log_softmax, output, logits, vocab, topk_ids, 20, 20, vocab)
     expected = torch.log_softmax(logits.float(), dim=-1).gather(-1, topk_ids)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
 
@@ -555,7 +544,7 @@ def test_ranks(seed, dtype, id_type):
     for row, token in zip(logits.tolist(), tokens, strict=True):
         expected.append(sum(logit >= row[token] for logit in row))
 
-    launch_torch(cpu_logprobs.ranks, output, logits, logits.stride(0), tensor(tokens, id_type), vocab, BLOCK_SIZE=8192)
+    launch(logprobs.ranks, output, logits, logits.stride(0), tensor(tokens, id_type), vocab, BLOCK_SIZE=8192)
     assert output.tolist() == expected
 
 
@@ -572,7 +561,7 @@ def test_prompt_logprobs_token_ids(seed):
             expected[step.bounds[row] + i] = all_tokens[slot][position] if position < MAX_LEN else 0
 
     launch(
-        cpu_logprobs.prompt_logprobs_token_ids,
+        logprobs.prompt_logprobs_token_ids,
         output,
         step.query_start_loc,
         step.idx_mapping,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_twotower.checkpoint import TwoTowerConfig
+from vllm_twotower.architecture import TwoTowerConfig
 from vllm_twotower.evaluation.ablations import ABLATIONS, ablated
 from vllm_twotower.evaluation.answers import Score, held_out_problems
 from vllm_twotower.evaluation.cli import choose_threshold

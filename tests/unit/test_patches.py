@@ -26,17 +26,18 @@ from vllm.version import __version__ as VLLM_VERSION
 
 import vllm_twotower
 import vllm_twotower.patches as patches
-from vllm_twotower.patches import OVERRIDES, Override, _cpu_kernel, model_runner_choice, registry
-from vllm_twotower.patches.registry import TWO_TOWER_ARCHITECTURE, Patch, all_patches, locate
+from vllm_twotower.architecture import ARCHITECTURE
+from vllm_twotower.patches import OVERRIDES, PATCHES, Override, Patch, registry
+from vllm_twotower.patches.cpu_runner.kernel import CpuKernel
+from vllm_twotower.patches.registry import locate
 
 VLLM_RELEASE = Version(VLLM_VERSION).base_version
-PATCHES = all_patches()
 each_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
 each_override = pytest.mark.parametrize("override", OVERRIDES, ids=lambda override: override.name)
 each_record = pytest.mark.parametrize("record", PATCHES + OVERRIDES, ids=lambda record: record.name)
 without_triton = pytest.mark.skipif(not registry.runs_on_cpu_without_triton(), reason="for a CPU without Triton")
 
-TWO_TOWER = SimpleNamespace(architectures=[TWO_TOWER_ARCHITECTURE])
+TWO_TOWER = SimpleNamespace(architectures=[ARCHITECTURE])
 OTHER_MODEL = SimpleNamespace(architectures=["LlamaForCausalLM"])
 
 
@@ -134,7 +135,7 @@ def test_upstream_source_is_the_one_the_record_was_checked_against(record: Patch
 @each_record
 def test_record_is_complete(record: Patch | Override):
     for field in dataclasses.fields(record):
-        assert getattr(record, field.name), field.name
+        assert getattr(record, field.name) or field.name == "wraps", field.name
     assert record.applies_when.__doc__, "applies_when says in words when the record applies"
     assert all(Version(version).base_version == version for version in record.source_sha256)
 
@@ -143,13 +144,18 @@ def test_names_are_unique():
     assert len({record.name for record in PATCHES + OVERRIDES}) == len(PATCHES + OVERRIDES)
 
 
-def test_every_module_registers_a_patch():
-    """Only the registry, the overrides and modules with a leading underscore may hold none."""
-    modules = {module.name for module in pkgutil.iter_modules(patches.__path__) if not module.name.startswith("_")}
-    modules -= {"registry", "overrides"}
-    assert modules == {*registry.START_MODULES, *registry.WORKER_MODULES}
-    for name in modules:
-        assert registry.load_patches(name), name
+def test_every_module_has_what_a_patch_installs():
+    """Only the table, the records and what kernels share have nothing of the kind."""
+    prefix = f"{patches.__name__}."
+    found = pkgutil.walk_packages(patches.__path__, prefix)
+    modules = {module.name.removeprefix(prefix) for module in found if not module.ispkg}
+    modules -= {"table", "registry", "overrides", "cpu_runner.kernel"}
+    assert modules == {patch.function.partition(":")[0] for patch in PATCHES}
+
+
+@each_patch
+def test_function_exists(patch: Patch):
+    assert callable(locate_definition(f"{patches.__name__}.{patch.function}")) or not patch.wraps
 
 
 RECORDED = {member for override in OVERRIDES for member in override.members}
@@ -249,7 +255,7 @@ def test_changed_upstream_source_is_noticed(monkeypatch):
 def test_renamed_target_gives_one_clear_error():
     patch = dataclasses.replace(PATCHES[0], target="vllm.config.vllm:VllmConfig.renamed", applies_when=lambda: True)
     with pytest.raises(RuntimeError) as caught:
-        registry.install_if_needed(patch)
+        patch.install()
     for part in (patch.name, patch.target, VLLM_VERSION):
         assert part in str(caught.value)
 
@@ -274,7 +280,7 @@ def test_no_cpu_kernel_where_triton_works(monkeypatch):
 @pytest.fixture
 def uninstalled(monkeypatch):
     """Every target as it is before the patches, and as it was again after the test."""
-    monkeypatch.setattr(registry, "_installed", set())
+    monkeypatch.setattr(patches, "_installed", set())
     for patch in PATCHES:
         holder, name = locate(patch.target)
         monkeypatch.setattr(holder, name, vars(holder)[name])
@@ -320,7 +326,7 @@ def test_only_two_tower_gets_model_runner_v2(monkeypatch):
         with pytest.raises(ValueError, match="Triton"):
             config._validate_v2_model_runner()
     assert not config_module.HAS_TRITON
-    assert inspect.unwrap(VllmConfig.use_v2_model_runner.fget).__module__ == model_runner_choice.CHOICE.split(":")[0]
+    assert inspect.unwrap(VllmConfig.use_v2_model_runner.fget).__module__ == config_module.__name__
 
 
 @pytest.mark.usefixtures("uninstalled")
@@ -332,7 +338,7 @@ def test_two_tower_requests_are_checked_by_our_rules(monkeypatch):
 
     checked = []
     ours = SimpleNamespace(validate_sampling_params=lambda params, model_config: checked.append(model_config))
-    monkeypatch.setitem(sys.modules, "vllm_twotower.config", ours)
+    monkeypatch.setitem(sys.modules, "vllm_twotower.options", ours)
     patches.install_start_patches()
 
     params = SamplingParams(temperature=0.0, seed=1)
@@ -409,7 +415,7 @@ def test_cpu_kernels_take_the_parameters_of_the_triton_kernels():
     for target in kernels:
         holder, name = locate(target)
         kernel = getattr(holder, name)
-        assert isinstance(kernel, _cpu_kernel.CpuKernel)
+        assert isinstance(kernel, CpuKernel)
         ours = [name for name in inspect.signature(kernel.function).parameters if name != "_launch_options"]
         upstream = [argument.arg.removesuffix("_ptr") for argument in definition(target).args.args]
         assert ours == [name for name in upstream if name.islower() or name in ours], target

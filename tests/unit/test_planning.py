@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_twotower.checkpoint import TwoTowerConfig, tensor_shapes
+from vllm_twotower.architecture import TwoTowerConfig, tensor_shapes
 from vllm_twotower.cli import main
 from vllm_twotower.parallel import check_tensor_parallel_size
 from vllm_twotower.planning.cost_model import CostModel, Load

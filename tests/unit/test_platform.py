@@ -21,7 +21,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.mem_constants import GiB_bytes
 
-import vllm_twotower.engine.vllm_config
+import vllm_twotower.engine_config
 import vllm_twotower.platform
 
 REPOSITORY = Path(__file__).parents[2]
@@ -151,7 +151,7 @@ def served_config(command: str, monkeypatch: pytest.MonkeyPatch) -> VllmConfig:
 @pytest.mark.parametrize("command", serve_commands())
 def test_every_documented_server_fits_into_16_gb(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr(vllm_twotower.engine.vllm_config, "_check_ranks", lambda config: None)  # there are none
+    monkeypatch.setattr(vllm_twotower.engine_config, "_check_ranks", lambda config: None)  # there are none
     config = served_config(command, monkeypatch)
     assert config.cache_config.kv_cache_memory_bytes
     assert config.cache_config.kv_cache_memory_bytes * config.parallel_config.world_size <= 6 * GiB_bytes
@@ -170,7 +170,7 @@ def test_any_other_model_over_ray_is_refused_in_the_words_of_vllm(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whose CPU platform names no device of Ray's; ours does, since it is chosen before a model is."""
-    monkeypatch.setattr(vllm_twotower.engine.vllm_config, "_check_ranks", lambda config: None)
+    monkeypatch.setattr(vllm_twotower.engine_config, "_check_ranks", lambda config: None)
     monkeypatch.setattr(vllm_twotower.platform, "serves_two_tower", lambda model_config: False)
     assert (CpuPlatform.ray_device_key, current_platform.ray_device_key) == ("", "GPU")
     with pytest.raises(ValueError, match="current platform cpu does not support ray"):

@@ -28,12 +28,12 @@ from vllm.v1.spec_decode.metrics import SpecDecodingProm
 from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_twotower
+from vllm_twotower.architecture import ARCHITECTURE
 from vllm_twotower.engine.metrics import GAUGES, HELP, STEPS_PER_BLOCK, RequestDenoisingMetrics, StepCosts, TwoTowerProm
 from vllm_twotower.engine.prefix_cache import check_page_size
 from vllm_twotower.engine.report import Report
 from vllm_twotower.engine.scheduler import TwoTowerScheduler
-from vllm_twotower.engine.vllm_config import SCHEDULER_CLS
-from vllm_twotower.patches.registry import TWO_TOWER_ARCHITECTURE
+from vllm_twotower.engine_config import SCHEDULER_CLS
 
 WIDTH = 16
 PAGE = 16
@@ -370,7 +370,7 @@ def test_prometheus_keeps_engines_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "expected"), [(TWO_TOWER_ARCHITECTURE, TwoTowerProm), ("LLaDA2MoeModelLM", SpecDecodingProm)]
+    ("architecture", "expected"), [(ARCHITECTURE, TwoTowerProm), ("LLaDA2MoeModelLM", SpecDecodingProm)]
 )
 def test_other_models_keep_their_metrics(architecture: str, expected: type) -> None:
     vllm_twotower.register()

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-from vllm_twotower.config import AUTO_PASSES_PER_STEP
 from vllm_twotower.engine.pass_buffers import PassBuffers
 from vllm_twotower.engine.report import Report
 from vllm_twotower.engine.step_rows import StepRows
+from vllm_twotower.options import AUTO_PASSES_PER_STEP
 
 WIDTH, MAX_LEN, PAGE = 16, 1000, 128
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]

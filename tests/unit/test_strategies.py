@@ -11,7 +11,7 @@ import torch
 from row_options import row_options
 from strategy_plugin import install_left_to_right
 
-from vllm_twotower.config import EngineOptions, RequestError, RequestOptions
+from vllm_twotower.options import EngineOptions, RequestError, RequestOptions
 from vllm_twotower.reference import unmask_confident
 from vllm_twotower.sampling.prediction import MASKED_LOGIT, predict
 from vllm_twotower.sampling.strategies import (

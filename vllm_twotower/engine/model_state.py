@@ -23,9 +23,9 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_twotower.config import EngineOptions
 from vllm_twotower.model.denoiser import DENOISER_PREFIX, CanvasRows
 from vllm_twotower.model.step_logits import StepLogits
+from vllm_twotower.options import EngineOptions
 
 from .pass_buffers import DeviceRows, PassBuffers
 from .pass_plan import AttentionInputs, CanvasInputs, ContextInputs, PassPlan

@@ -9,7 +9,7 @@ import torch
 import vllm.envs as envs
 from vllm.sampling_params import SamplingParams
 
-from vllm_twotower.config import FIRST_MODE, EngineOptions, RequestOptions
+from vllm_twotower.options import FIRST_MODE, EngineOptions, RequestOptions
 from vllm_twotower.sampling.row_options import RowOptions
 from vllm_twotower.sampling.strategies import NOISE_SCHEDULES, REMASKING_SCORES, strategies
 

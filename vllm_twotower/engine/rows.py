@@ -10,7 +10,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.outputs import ModelRunnerOutput
 
-from vllm_twotower.config import FIRST_MODE, EngineOptions, RequestOptions
+from vllm_twotower.options import FIRST_MODE, EngineOptions, RequestOptions
 
 from .metrics import RequestDenoisingMetrics, StepCosts
 from .report import Report

@@ -14,7 +14,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_twotower.config import EngineOptions, RequestOptions
+from vllm_twotower.options import EngineOptions, RequestOptions
 
 from .held_scores import HeldPromptScores
 from .metrics import RequestDenoisingMetrics, StepCosts

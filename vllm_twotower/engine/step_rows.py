@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_twotower.config import AUTO_PASSES_PER_STEP
+from vllm_twotower.options import AUTO_PASSES_PER_STEP
 
 from .prefix_cache import next_stop
 from .request_table import RequestTable

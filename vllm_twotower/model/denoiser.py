@@ -23,8 +23,8 @@ from vllm.model_executor.models.nemotron_h import NemotronHAttention, NemotronHM
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
 
-from vllm_twotower.config import ATTENTION_BACKENDS, ATTENTION_REASON
 from vllm_twotower.kernels.seeded_mamba import seeded_conv, seeded_scan
+from vllm_twotower.options import ATTENTION_BACKENDS, ATTENTION_REASON
 
 from .context import mamba_mixer, moe_mixer
 

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from vllm_twotower.checkpoint import TIMESTEP_FREQUENCIES
+from vllm_twotower.architecture import TIMESTEP_FREQUENCIES
 
 
 class TimeConditioning(nn.Module):

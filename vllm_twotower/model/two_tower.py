@@ -19,8 +19,9 @@ from vllm.model_executor.models.nemotron_h import NemotronHForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from vllm_twotower.checkpoint import TwoTowerConfig, WeightCheck
-from vllm_twotower.config import EngineOptions
+from vllm_twotower.architecture import TwoTowerConfig
+from vllm_twotower.checkpoint import WeightCheck
+from vllm_twotower.options import EngineOptions
 
 from .context import context_tower
 from .denoiser import CONTEXT_PREFIX, DENOISER_PREFIX, CanvasRows, DenoiserTower
@@ -170,7 +171,8 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Loads a checkpoint in the official key layout.
 
-        Raises :class:`~vllm_twotower.checkpoint.CheckpointError` naming a missing, unexpected or wrongly shaped tensor.
+        Raises :class:`~vllm_twotower.architecture.CheckpointError` naming a missing, unexpected or wrongly shaped
+        tensor.
         """
         check = WeightCheck(self.checkpoint_config)
 

@@ -20,7 +20,7 @@ from .simulator import Traffic, simulate
 from .steps_per_block import StepsPerBlock
 
 if TYPE_CHECKING:
-    from vllm_twotower.checkpoint import TwoTowerConfig
+    from vllm_twotower.architecture import TwoTowerConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 USABLE_MEMORY = 0.9
@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from vllm_twotower.checkpoint import CheckpointError
+    from vllm_twotower.architecture import CheckpointError
 
     try:
         plan = make_plan(args)
@@ -156,7 +156,7 @@ def _hardware(args: argparse.Namespace) -> Hardware:
 
 def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     """The whole answer as plain data in seconds, bytes, FLOP; raises ValueError if the model cannot be divided so."""
-    from vllm_twotower.checkpoint import TwoTowerConfig
+    from vllm_twotower.architecture import TwoTowerConfig
 
     config, hardware = TwoTowerConfig.from_dict(args.model), _hardware(args)
     check_tensor_parallel_size(config, args.tensor_parallel_size)

@@ -15,7 +15,7 @@ from .model_size import ModelSize
 from .steps_per_block import StepsPerBlock
 
 if TYPE_CHECKING:
-    from vllm_twotower.checkpoint import TwoTowerConfig
+    from vllm_twotower.architecture import TwoTowerConfig
 
 Tower = Literal["context", "denoiser"]
 PlannedMode = Literal["ar", "mask_diffusion"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vllm_twotower.parallel import check_tensor_parallel_size
 
 if TYPE_CHECKING:
-    from vllm_twotower.checkpoint import TwoTowerConfig
+    from vllm_twotower.architecture import TwoTowerConfig
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ModelSize:
         Norms, routers and the time conditioning are replicated, KV heads where there are more GPUs than heads; all
         other tensors are divided.
         """
-        from vllm_twotower.checkpoint import tensor_shapes  # which imports torch
+        from vllm_twotower.architecture import tensor_shapes
 
         check_tensor_parallel_size(config, tensor_parallel_size)
         key_value_shards = min(tensor_parallel_size, config.num_key_value_heads)

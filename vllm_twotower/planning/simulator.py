@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from vllm_twotower.config import AUTO_PASSES_PER_STEP
+from vllm_twotower.options import AUTO_PASSES_PER_STEP
 
 from .cost_model import CostModel, Load, PlannedMode
 from .mode_choice import ModeChooser

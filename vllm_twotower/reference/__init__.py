@@ -1,6 +1,6 @@
 """The whole TwoTower in plain PyTorch: the oracle of the tests, the model to train, the baseline of the benchmarks."""
 
-from vllm_twotower.checkpoint import TwoTowerConfig
+from vllm_twotower.architecture import TwoTowerConfig
 
 from .generate import Generation, generate_ar, generate_mask_diffusion, generate_mock_ar, unmask_confident
 from .model import TwoTowerModel

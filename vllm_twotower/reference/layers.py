@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_twotower.checkpoint import TwoTowerConfig
+from vllm_twotower.architecture import TwoTowerConfig
 
 SCAN_CHUNK = 32
 """Positions the scan treats as one matrix product; a matter of speed only."""

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vllm_twotower.checkpoint import TwoTowerConfig, WeightCheck, read_tensors, write_tensors
+from vllm_twotower.architecture import TwoTowerConfig
+from vllm_twotower.checkpoint import WeightCheck, read_tensors, write_tensors
 from vllm_twotower.model.time_conditioning import TimestepEmbedder
 
 from .layers import (
@@ -140,7 +141,7 @@ class TwoTowerModel(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> TwoTowerModel:
-        """Loads a checkpoint folder strictly; raises :class:`~vllm_twotower.checkpoint.CheckpointError`."""
+        """Loads a checkpoint folder strictly; raises :class:`~vllm_twotower.architecture.CheckpointError`."""
         config = TwoTowerConfig.from_pretrained(folder)
         check, tensors = WeightCheck(config), {}
         for name, tensor in read_tensors(folder):

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from vllm_twotower.checkpoint import TwoTowerConfig
+from vllm_twotower.architecture import TwoTowerConfig
 from vllm_twotower.training.problems import FAMILIES
 
 

@@ -16,12 +16,11 @@ from vllm.model_executor.models.config import NemotronHForCausalLMConfig, Verify
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
-from vllm_twotower.checkpoint import DEFAULT_CANVAS_LENGTH, TwoTowerConfig
-from vllm_twotower.config import ATTENTION_BACKENDS, ATTENTION_REASON, EngineOptions
+from vllm_twotower.architecture import DEFAULT_CANVAS_LENGTH, TwoTowerConfig
+from vllm_twotower.engine.processes import keep_signals_of_forked_processes
+from vllm_twotower.options import ATTENTION_BACKENDS, ATTENTION_REASON, EngineOptions
 from vllm_twotower.parallel import check_tensor_parallel_size
 from vllm_twotower.ray_devices import check_ray_devices
-
-from .processes import keep_signals_of_forked_processes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

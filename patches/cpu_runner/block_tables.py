@@ -11,15 +11,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vllm_twotower.patches._cpu_kernel import REMOVE_WHEN, UPSTREAM, when_kernel_cannot_launch
-from vllm_twotower.patches.registry import Patch, replace
-
-MODULE = "vllm.v1.worker.gpu.block_table"
-GATHER = f"{MODULE}:BlockTables.gather_block_tables"
-GATHER_KERNEL = f"{MODULE}:_gather_block_tables_kernel"
-SLOTS = f"{MODULE}:BlockTables.compute_slot_mappings"
-SLOTS_KERNEL = f"{MODULE}:_compute_slot_mappings_kernel"
-
 PAD_SLOT_ID = -1
 
 
@@ -82,31 +73,3 @@ def compute_slot_mappings(
         if has_dummies:
             mapping[first:end][is_dummy] = PAD_SLOT_ID
     return slot_mappings[:, :num_tokens_padded]
-
-
-PATCHES = (
-    Patch(
-        name="gather-block-tables",
-        target=GATHER,
-        what="BlockTables.gather_block_tables copies the step's block tables in numpy.",
-        why="Without Triton attention and Mamba layers get no block tables.",
-        upstream=UPSTREAM,
-        remove_when=REMOVE_WHEN,
-        applies_when=when_kernel_cannot_launch(GATHER_KERNEL),
-        sources=(GATHER, GATHER_KERNEL),
-        source_sha256={"0.32.0": "19358182001c49bfc4f7df9f9d433752932912aa948ccda3dc996b57c7fc9bc9"},
-        install=lambda: replace(GATHER, gather_block_tables),
-    ),
-    Patch(
-        name="compute-slot-mappings",
-        target=SLOTS,
-        what="BlockTables.compute_slot_mappings computes the tokens' places in the KV caches in numpy.",
-        why="Without Triton nothing can be written to a KV cache.",
-        upstream=UPSTREAM,
-        remove_when=REMOVE_WHEN,
-        applies_when=when_kernel_cannot_launch(SLOTS_KERNEL),
-        sources=(SLOTS, SLOTS_KERNEL),
-        source_sha256={"0.32.0": "6ee72028d2af75ee373079625ffc33a766482c7e61fa484b4645624e89b2fbeb"},
-        install=lambda: replace(SLOTS, compute_slot_mappings),
-    ),
-)

@@ -13,17 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_twotower.patches._cpu_kernel import (
-    REMOVE_WHEN,
-    UPSTREAM,
-    CpuKernel,
-    rows_and_offsets,
-    when_kernel_cannot_launch,
-)
-from vllm_twotower.patches.registry import Patch, replace
-
-LOGPROB_MODULE = "vllm.v1.worker.gpu.sample.logprob"
-PROMPT_MODULE = "vllm.v1.worker.gpu.sample.prompt_logprob"
+from vllm_twotower.patches.cpu_runner.kernel import CpuKernel, rows_and_offsets
 
 # Logit rows worked on at a time. Bounds the temporary copies: 16 rows of 131072 logits take 8 MiB in fp32.
 CHUNK_ROWS = 16
@@ -36,6 +26,7 @@ class TorchKernel(CpuKernel):
         self.function(*args, **options)
 
 
+@TorchKernel
 def topk_log_softmax(
     output: Tensor,  # [L, topk] float32, out
     logits: Tensor,  # [L, vocab], any float type
@@ -52,6 +43,7 @@ def topk_log_softmax(
         output[rows] = logprobs.gather(-1, topk_ids[rows])
 
 
+@TorchKernel
 def ranks(
     output: Tensor,  # [L] int64, out
     logits: Tensor,  # [L, vocab], any float type
@@ -73,6 +65,7 @@ def row_chunks(logits: Tensor) -> Iterator[slice]:
         yield slice(start, start + CHUNK_ROWS)
 
 
+@CpuKernel
 def prompt_logprobs_token_ids(
     prompt_logprobs_token_ids: np.ndarray,  # [T] int64, out
     query_start_loc: np.ndarray,  # [>= R + 1]: row r owns the tokens [query_start_loc[r], query_start_loc[r + 1])
@@ -90,48 +83,3 @@ def prompt_logprobs_token_ids(
     max_model_len = all_token_ids.shape[1]
     tokens = all_token_ids[slots, np.minimum(positions, max_model_len - 1)]
     prompt_logprobs_token_ids[bounds[0] : bounds[-1]] = np.where(positions < max_model_len, tokens, 0)
-
-
-def kernel_patch(name: str, target: str, kernel: CpuKernel, launcher: str, why: str, sha256: dict[str, str]) -> Patch:
-    """The record of one kernel; `launcher` is the function beside it that launches it."""
-    module, _, _ = target.partition(":")
-    return Patch(
-        name=name,
-        target=target,
-        what=f"Runs the kernel of {launcher} in {'torch' if isinstance(kernel, TorchKernel) else 'numpy'}.",
-        why=f"Without Triton {why}.",
-        upstream=UPSTREAM,
-        remove_when=REMOVE_WHEN,
-        applies_when=when_kernel_cannot_launch(target),
-        sources=(target, f"{module}:{launcher}"),
-        source_sha256=sha256,
-        install=lambda: replace(target, kernel),
-    )
-
-
-PATCHES = (
-    kernel_patch(
-        name="topk-log-softmax",
-        target=f"{LOGPROB_MODULE}:_topk_log_softmax_kernel",
-        kernel=TorchKernel(topk_log_softmax),
-        launcher="compute_token_logprobs",
-        why="no log-probability can be computed",
-        sha256={"0.32.0": "ce4b7f8356085d2dd66a8032714f053e1c16fd246f3f3e2fbba77eb2869d2fcf"},
-    ),
-    kernel_patch(
-        name="ranks",
-        target=f"{LOGPROB_MODULE}:_ranks_kernel",
-        kernel=TorchKernel(ranks),
-        launcher="compute_topk_scores",
-        why="log-probabilities, which vLLM returns with their tokens' ranks, cannot be returned",
-        sha256={"0.32.0": "4ec52f0eb9fd47c565fc41628c79b2a1f435e1fda25f687d7e50d8a751f5d994"},
-    ),
-    kernel_patch(
-        name="prompt-logprobs-token-ids",
-        target=f"{PROMPT_MODULE}:_prompt_logprobs_token_ids_kernel",
-        kernel=CpuKernel(prompt_logprobs_token_ids),
-        launcher="get_prompt_logprobs_token_ids",
-        why="the prompt's log-probabilities have no tokens to be looked up for",
-        sha256={"0.32.0": "e685684f70d43f9eb03911bb01d359417e1e60e6866f8420895675fb2cf4c900"},
-    ),
-)

@@ -5,12 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from vllm_twotower.patches._cpu_kernel import REMOVE_WHEN, UPSTREAM, kernel_installer, when_kernel_cannot_launch
-from vllm_twotower.patches.registry import Patch
-
-ZERO_KV_BLOCKS = "vllm.v1.worker.utils:_zero_kv_blocks_kernel"
+from vllm_twotower.patches.cpu_runner.kernel import CpuKernel
 
 
+@CpuKernel
 def zero_kv_blocks(
     seg_addrs: np.ndarray,  # [segments] uint64: address of block 0
     seg_block_strides: np.ndarray,  # [segments] int64: int32 elements from block to block
@@ -29,19 +27,3 @@ def pages_at(address: int, num_pages: int, stride: int, page_size: int) -> np.nd
     """A view [num_pages, page_size] of this process's memory as int32; valid as long as the memory's owner lives."""
     memory = (ctypes.c_int32 * ((num_pages - 1) * stride + page_size)).from_address(address)
     return np.ndarray((num_pages, page_size), np.int32, buffer=memory, strides=(4 * stride, 4))
-
-
-PATCHES = (
-    Patch(
-        name="zero-kv-blocks",
-        target=ZERO_KV_BLOCKS,
-        what="Runs the kernel of KVBlockZeroer.zero_block_ids in numpy.",
-        why="Hybrid models have new blocks zeroed; without Triton the first allocation fails.",
-        upstream=UPSTREAM,
-        remove_when=REMOVE_WHEN,
-        applies_when=when_kernel_cannot_launch(ZERO_KV_BLOCKS),
-        sources=(ZERO_KV_BLOCKS, "vllm.v1.worker.utils:KVBlockZeroer"),
-        source_sha256={"0.32.0": "dcef37dfe7494f36f77cdf4ba0b1bc93ca8703026fcf4bb04c0d6ec134317300"},
-        install=kernel_installer(ZERO_KV_BLOCKS, zero_kv_blocks),
-    ),
-)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-from vllm_twotower.checkpoint import DEFAULT_CANVAS_LENGTH, DEFAULT_MASK_TOKEN_ID
+from vllm_twotower.architecture import DEFAULT_CANVAS_LENGTH, DEFAULT_MASK_TOKEN_ID
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig

@@ -9,19 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from vllm_twotower.patches._cpu_kernel import (
-    REMOVE_WHEN,
-    UPSTREAM,
-    bounds_of,
-    kernel_installer,
-    rows_and_offsets,
-    when_kernel_cannot_launch,
-)
-from vllm_twotower.patches.registry import Patch
-
-MODULE = "vllm.v1.worker.gpu.input_batch"
+from vllm_twotower.patches.cpu_runner.kernel import CpuKernel, bounds_of, rows_and_offsets
 
 
+@CpuKernel
 def prepare_prefill_inputs(
     input_ids: np.ndarray,  # [>= T] int32, out
     next_prefill_tokens: np.ndarray,  # [num_lookahead, SLOTS] int32, out
@@ -50,6 +41,7 @@ def prepare_prefill_inputs(
     next_prefill_tokens[:, slots] = np.where(positions < prefill_lens[slots], tokens, 0)
 
 
+@CpuKernel
 def prepare_pos_seq_lens(
     pos: np.ndarray,  # [>= T] int64, out
     seq_lens: np.ndarray,  # [>= max_num_reqs] int32, out
@@ -69,6 +61,7 @@ def prepare_pos_seq_lens(
     pos[bounds[0] : bounds[-1]] = computed[rows] + offsets
 
 
+@CpuKernel
 def combine_sampled_and_draft_tokens(
     input_ids: np.ndarray,  # [>= T] int32, out
     idx_mapping: np.ndarray,  # [R]
@@ -108,6 +101,7 @@ def combine_sampled_and_draft_tokens(
         input_ids[places[write]] = last_sampled_tokens[slots[write], 0]
 
 
+@CpuKernel
 def post_update(
     idx_mapping: np.ndarray,  # [R]; a negative slot means: skip this row
     num_computed_tokens: np.ndarray,  # [SLOTS] int32, changed in place
@@ -145,6 +139,7 @@ def post_update(
         np.add.at(output_bin_counts, (slots[row], tokens), 1)
 
 
+@CpuKernel
 def post_update_num_computed_tokens(
     idx_mapping: np.ndarray,  # [R]
     num_computed_tokens: np.ndarray,  # [SLOTS] int32, changed in place
@@ -156,6 +151,7 @@ def post_update_num_computed_tokens(
     num_computed_tokens[idx_mapping] += bounds[1:] - bounds[:-1]
 
 
+@CpuKernel
 def expand_idx_mapping(
     idx_mapping: np.ndarray,  # [R]
     expanded_idx_mapping: np.ndarray,  # [L] like idx_mapping, out
@@ -168,66 +164,3 @@ def expand_idx_mapping(
     rows, offsets = rows_and_offsets(bounds)
     expanded_idx_mapping[bounds[0] : bounds[-1]] = idx_mapping[rows]
     expanded_local_pos[bounds[0] : bounds[-1]] = offsets
-
-
-def kernel_patch(name: str, function: Any, launcher: str, why: str, sha256: dict[str, str]) -> Patch:
-    """The record of one kernel of this module; `launcher` is the upstream function that launches it."""
-    kernel = f"{MODULE}:_{launcher}_kernel"
-    return Patch(
-        name=name,
-        target=kernel,
-        what=f"Runs the kernel of {launcher} in numpy.",
-        why=f"Without Triton {why}.",
-        upstream=UPSTREAM,
-        remove_when=REMOVE_WHEN,
-        applies_when=when_kernel_cannot_launch(kernel),
-        sources=(kernel, f"{MODULE}:{launcher}"),
-        source_sha256=sha256,
-        install=kernel_installer(kernel, function),
-    )
-
-
-PATCHES = (
-    kernel_patch(
-        name="prepare-prefill-inputs",
-        function=prepare_prefill_inputs,
-        launcher="prepare_prefill_inputs",
-        why="prompts never reach the model's input",
-        sha256={"0.32.0": "2f1d468bc34d727f65390ec20135926b7d009a411e921ac118446300d692b980"},
-    ),
-    kernel_patch(
-        name="prepare-pos-seq-lens",
-        function=prepare_pos_seq_lens,
-        launcher="prepare_pos_seq_lens",
-        why="no step can be prepared",
-        sha256={"0.32.0": "2776a359c20cbe16f3cdc3715038d26bd55788cdc06bc43b14785fa8a2f36f1f"},
-    ),
-    kernel_patch(
-        name="combine-sampled-and-draft-tokens",
-        function=combine_sampled_and_draft_tokens,
-        launcher="combine_sampled_and_draft_tokens",
-        why="the canvas, which vLLM carries as draft tokens, never reaches the model's input",
-        sha256={"0.32.0": "6da1eaeaa76e19cf05b50fcac2b71303eaaa181c9fe0912a940e82e36b7aa436"},
-    ),
-    kernel_patch(
-        name="post-update",
-        function=post_update,
-        launcher="post_update",
-        why="no step's result can be booked",
-        sha256={"0.32.0": "5a5499627dcf75f7b8b49987ac226361da31bb8cb874efacb28adc18832e6c84"},
-    ),
-    kernel_patch(
-        name="post-update-num-computed-tokens",
-        function=post_update_num_computed_tokens,
-        launcher="post_update_num_computed_tokens",
-        why="pipeline stages before the last cannot count their computed tokens",
-        sha256={"0.32.0": "eb756afbbbceb495e381cb4d7751925939f539ce9b378135b12096aa5cb8fb2a"},
-    ),
-    kernel_patch(
-        name="expand-idx-mapping",
-        function=expand_idx_mapping,
-        launcher="expand_idx_mapping",
-        why="canvas positions cannot be mapped back to their requests",
-        sha256={"0.32.0": "f6155e156c610b8962308f4877d010ee6af9dc98b5f9e052750c0ba0312c46ad"},
-    ),
-)

@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-from vllm_twotower.config import MODES, EngineOptions, RequestError, RequestOptions, validate_sampling_params
+from vllm_twotower.options import MODES, EngineOptions, RequestError, RequestOptions, validate_sampling_params
 
 ENGINE = EngineOptions()
 

@@ -9,12 +9,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vllm_twotower.patches.registry import locate, replace, runs_on_cpu_without_triton
-
-# vLLM's own plan for the same thing.
-UPSTREAM = "https://github.com/vllm-project/vllm/pull/55847"
-REMOVE_WHEN = "vLLM runs this kernel on a CPU without Triton"
-
 
 class CpuKernel:
     """Stands in for a Triton kernel: ``kernel[grid](...)`` calls a numpy function with the same parameters.
@@ -31,25 +25,6 @@ class CpuKernel:
 
     def launch(self, *args: Any, **options: Any) -> None:
         self.function(*(arg.numpy() if isinstance(arg, Tensor) else arg for arg in args), **options)
-
-
-def kernel_installer(target: str, function: Callable[..., None]) -> Callable[[], None]:
-    """An install function that puts a numpy function in place of the kernel object at `target`."""
-    return lambda: replace(target, CpuKernel(function))
-
-
-def when_kernel_cannot_launch(target: str) -> Callable[[], bool]:
-    """The condition for replacing the kernel at `target`, or a method that launches it."""
-
-    def kernel_cannot_launch() -> bool:
-        """On a CPU without Triton, where vLLM has no fallback of its own for the kernel."""
-        if not runs_on_cpu_without_triton():
-            return False
-        holder, name = locate(target)
-        kernel = getattr(holder, name)
-        return isinstance(kernel, CpuKernel) or not hasattr(kernel, "__getitem__")
-
-    return kernel_cannot_launch
 
 
 def rows_and_offsets(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
