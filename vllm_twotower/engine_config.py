@@ -16,7 +16,7 @@ from vllm.model_executor.models.config import NemotronHForCausalLMConfig, Verify
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
-from vllm_twotower.architecture import DEFAULT_CANVAS_LENGTH, TwoTowerConfig
+from vllm_twotower.architecture import DEFAULT_CANVAS_LENGTH, DEFAULT_MASK_TOKEN_ID, TwoTowerConfig
 from vllm_twotower.engine.processes import keep_signals_of_forked_processes
 from vllm_twotower.options import ATTENTION_BACKENDS, ATTENTION_REASON, EngineOptions
 from vllm_twotower.parallel import check_tensor_parallel_size
@@ -30,6 +30,8 @@ logger = init_logger(__name__)
 
 _TRITON_FP32, _RAY_COPIES = "TRITON_F32_DEFAULT", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 SCHEDULER_CLS = "vllm_twotower.engine.scheduler.TwoTowerScheduler"
+Limit = tuple[str, Any, Any, str]
+"""An option that cannot always be honoured: its name, its value, whether it is refused (its truth), and why."""
 
 
 class TwoTowerModelConfig(VerifyAndUpdateConfig):
@@ -59,17 +61,21 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
         diffusion = vllm_config.diffusion_config
         if diffusion.canvas_length is None:
             diffusion.canvas_length = hf_config.canvas_length
+        hf_mask_token = getattr(hf_config, "mask_token_id", None)
+        defaults = {
+            # A GPU's pass reads all weights for a few tokens already; a CPU's takes longer with every token.
+            "prompt_tokens_beside_blocks": 64 if current_platform.is_cpu() else 1024,
+            "mask_token_id": DEFAULT_MASK_TOKEN_ID if hf_mask_token is None else hf_mask_token,
+            "request_metrics": vllm_config.observability_config.per_request_spec_decode_metrics,
+            "custom_arguments": _has_logits_processors(vllm_config.model_config),
+            "seed": vllm_config.model_config.seed,
+        }
         options = EngineOptions.resolve(
             vllm_config.additional_config,
-            canvas_length=diffusion.canvas_length,
-            max_denoising_steps=diffusion.max_denoising_steps,
-            mask_token_id=getattr(hf_config, "mask_token_id", None),
-            vocab_size=vllm_config.model_config.get_vocab_size(),
-            request_metrics=vllm_config.observability_config.per_request_spec_decode_metrics,
-            # A GPU's pass reads all weights for a few tokens already; a CPU's takes longer with every token.
-            prompt_tokens_beside_blocks=64 if current_platform.is_cpu() else 1024,
-            custom_arguments=_has_logits_processors(vllm_config.model_config),
-            seed=vllm_config.model_config.seed,
+            diffusion.canvas_length,
+            diffusion.max_denoising_steps,
+            vllm_config.model_config.get_vocab_size(),
+            **defaults,
         )
         options.store(vllm_config.model_config)
         _check_ranks(vllm_config)
@@ -97,11 +103,15 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         raise ValueError("TwoTower models need vLLM's V2 model runner; the warning above says what it lacks")
 
 
-def _limits(vllm_config: VllmConfig) -> Iterator[tuple[str, Any, Any, str]]:
-    """Options that cannot always be honoured: name, value, whether it is refused (its truth), and why."""
-    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
-    scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
+def _limits(vllm_config: VllmConfig) -> Iterator[Limit]:
+    yield from _model_limits(vllm_config)
+    yield from _cache_limits(vllm_config)
+    yield from _parallel_limits(vllm_config)
+    yield from _step_limits(vllm_config)
 
+
+def _model_limits(vllm_config: VllmConfig) -> Iterator[Limit]:
+    model = vllm_config.model_config
     reason = "they only generate text"
     yield "convert", model.convert, model.convert not in ("auto", "none"), reason
     yield "runner", model.runner_type, model.runner_type != "generate", reason
@@ -127,7 +137,9 @@ def _limits(vllm_config: VllmConfig) -> Iterator[tuple[str, Any, Any, str]]:
     reason = "a token passes the experts of both towers, and the denoiser's many times"
     yield "enable_return_routed_experts", True, vllm_config.aux_output_config.enable_return_routed_experts, reason
 
-    attention = vllm_config.attention_config
+
+def _cache_limits(vllm_config: VllmConfig) -> Iterator[Limit]:
+    model, cache, attention = vllm_config.model_config, vllm_config.cache_config, vllm_config.attention_config
     backends = {"backend": attention.backend} if attention.backend else {}
     backends |= {f"backend_per_kind[{kind!r}]": backend for kind, backend in attention.backend_per_kind.items()}
     for name, backend in backends.items():
@@ -146,9 +158,12 @@ def _limits(vllm_config: VllmConfig) -> Iterator[tuple[str, Any, Any, str]]:
     rounds = vllm_config.mamba_config.enable_stochastic_rounding
     yield "enable_mamba_cache_stochastic_rounding", True, rounds, reason
     reason = "pages of attention layers and Mamba states differ in kind; leave it out"
-    is_off = scheduler.disable_hybrid_kv_cache_manager
+    is_off = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
     yield "disable_hybrid_kv_cache_manager", True, is_off, reason
 
+
+def _parallel_limits(vllm_config: VllmConfig) -> Iterator[Limit]:
+    parallel = vllm_config.parallel_config
     sizes = {
         "pipeline_parallel_size": "both towers' layers must be in one process; use tensor parallelism",
         "decode_context_parallel_size": "the denoiser reads whole sequences of keys and values",
@@ -164,6 +179,9 @@ def _limits(vllm_config: VllmConfig) -> Iterator[tuple[str, Any, Any, str]]:
     group = vllm_config.offload_config.prefetch.offload_group_size
     yield "offload_group_size", group, group, "the towers take turns, so the layer that runs next is not known"
 
+
+def _step_limits(vllm_config: VllmConfig) -> Iterator[Limit]:
+    scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
     reason = "which rows the context tower runs on depends on the step before"
     yield "async_scheduling", True, scheduler.async_scheduling, reason
     reason = "beside blocks, prompts are read in chunks"

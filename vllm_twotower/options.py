@@ -7,7 +7,7 @@ request's options travel in ``SamplingParams.extra_args`` (the server's ``vllm_x
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,9 +31,92 @@ MAX_STEPS = 1024
 """The largest ``diffusion_max_steps``: the posterior strategy looks at all steps of a block at once."""
 FIRST_MODE = "twotower_first_mode"
 """The key in a request's ``extra_args`` by which the scheduler tells the worker how an ``auto`` request starts."""
-DEFAULT_STRATEGY = "confidence_unmasking"
 
 Mode = Literal["mask_diffusion", "ar", "auto"]
+
+# What became of options of earlier versions.
+_NO_COMMIT = (
+    "was removed: the context tower reads a finished block in the step that starts the next one; for fewer of its "
+    "passes set denoise_steps_per_engine_step to 2"
+)
+_NO_MOCK_AR = "was removed: compare towers with vllm_twotower.reference.generate_mock_ar"
+
+
+class RequestError(ValueError):
+    """An option that cannot be honoured: its name, its value, and why."""
+
+    def __init__(self, name: str, value: Any, reason: str):
+        super().__init__(f"{name}={value!r}: {reason}")
+        self.name, self.value = name, value
+
+
+# The checks of options: each returns the value, or raises RequestError with the option's name. What else they are told,
+# the vocabulary's size or the engine's options, most do not need.
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise RequestError(name, value, f"must be one of {', '.join(map(repr, allowed))}")
+    return value
+
+
+def _mode(name: str, value: Any, *_: Any) -> Any:
+    if value == "mock_ar":
+        raise RequestError(name, value, _NO_MOCK_AR)
+    return _choice(name, value, MODES)
+
+
+def _integer(name: str, value: Any, low: int, high: int | None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise RequestError(
+            name, value, f"must be an integer {f'from {low} to {high}' if high else f'of at least {low}'}"
+        )
+    return value
+
+
+def _steps_or_auto(name: str, value: Any, *_: Any) -> int | str:
+    if value == "auto":
+        return value
+    try:
+        return _integer(name, value, 1, None)
+    except RequestError:
+        raise RequestError(name, value, "must be 'auto' or an integer of at least 1") from None
+
+
+def _flag(name: str, value: Any, *_: Any) -> bool:
+    """A boolean, or the 0 or 1 that vLLM's server makes of one."""
+    if value not in (0, 1) or not isinstance(value, int | float):
+        raise RequestError(name, value, "must be true or false")
+    return bool(value)
+
+
+def _threshold(name: str, value: Any, *_: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+        raise RequestError(name, value, "must be a number greater than 0 and at most 1")
+    return float(value)
+
+
+def _strategy(name: str, value: Any, *_: Any) -> str:
+    from vllm_twotower.sampling.strategies import strategies
+
+    return _choice(name, value, tuple(strategies()))
+
+
+def _noise_schedule(name: str, value: Any, *_: Any) -> str:
+    from vllm_twotower.sampling.strategies import NOISE_SCHEDULES
+
+    return _choice(name, value, tuple(NOISE_SCHEDULES))
+
+
+def _remasking(name: str, value: Any, *_: Any) -> str:
+    from vllm_twotower.sampling.strategies import REMASKING_SCORES
+
+    return _choice(name, value, REMASKING_SCORES)
+
+
+def _option(check: Callable[..., Any], of_strategy: bool = False, **options: Any) -> Any:
+    """A field that users set: how it is checked, and whether it means something to some strategies alone."""
+    return field(metadata={"check": check, "of_strategy": of_strategy}, **options)
 
 
 @dataclass(frozen=True)
@@ -53,11 +136,13 @@ class EngineOptions:
 
     canvas_length: int = DEFAULT_CANVAS_LENGTH
     max_denoising_steps: int = DEFAULT_CANVAS_LENGTH
-    confidence_threshold: float = 0.8
-    mask_token_id: int = DEFAULT_MASK_TOKEN_ID
-    mode: Mode = "mask_diffusion"
-    denoise_steps_per_engine_step: int | Literal["auto"] = "auto"
-    prompt_tokens_beside_blocks: int = 64
+    confidence_threshold: float = _option(_threshold, default=0.8)
+    mask_token_id: int = _option(
+        lambda name, value, vocab_size: _integer(name, value, 0, vocab_size - 1), default=DEFAULT_MASK_TOKEN_ID
+    )
+    mode: Mode = _option(_mode, default="mask_diffusion")
+    denoise_steps_per_engine_step: int | Literal["auto"] = _option(_steps_or_auto, default="auto")
+    prompt_tokens_beside_blocks: int = _option(lambda name, value, _: _integer(name, value, 1, None), default=64)
     request_metrics: str = "none"
     custom_arguments: bool = False
     seed: int = 0
@@ -68,57 +153,30 @@ class EngineOptions:
         additional_config: Mapping[str, Any] | None,
         canvas_length: int,
         max_denoising_steps: int | None,
-        mask_token_id: int | None,
         vocab_size: int,
-        request_metrics: str = "none",
-        prompt_tokens_beside_blocks: int = 64,
-        custom_arguments: bool = False,
-        seed: int = 0,
+        **defaults: Any,
     ) -> EngineOptions:
         """Builds the options from vLLM's configuration; raises ValueError naming the option, its value, and the rule.
 
-        ``canvas_length`` and ``max_denoising_steps`` are those of ``--diffusion-config``, ``mask_token_id`` that of
-        the checkpoint's configuration, ``prompt_tokens_beside_blocks`` the device's default.
+        ``canvas_length`` and ``max_denoising_steps`` are those of ``--diffusion-config``, ``defaults`` those of the
+        checkpoint, the device and vLLM's own options, by field.
         """
+        where = f"additional_config['{ADDITIONAL_CONFIG_KEY}']"
         given = (additional_config or {}).get(ADDITIONAL_CONFIG_KEY, {})
         if not isinstance(given, Mapping):
-            raise ValueError(
-                f"additional_config['{ADDITIONAL_CONFIG_KEY}'] must be a mapping of options, got {given!r}"
-            )
-        checks: dict[str, Callable[[str, Any], Any]] = {
-            "confidence_threshold": _threshold,
-            "mask_token_id": lambda name, value: _integer(name, value, 0, vocab_size - 1),
-            "mode": _mode,
-            "denoise_steps_per_engine_step": _steps_or_auto,
-            "prompt_tokens_beside_blocks": lambda name, value: _integer(name, value, 1, None),
-        }
-        chosen: dict[str, Any] = {
-            "prompt_tokens_beside_blocks": prompt_tokens_beside_blocks,
-            "custom_arguments": custom_arguments,
-        }
-        if mask_token_id is not None:
-            chosen["mask_token_id"] = mask_token_id
+            raise ValueError(f"{where} must be a mapping of options, got {given!r}")
+        checks = {option.name: option.metadata["check"] for option in fields(cls) if option.metadata}
         for name, value in given.items():
-            full_name = f"additional_config['{ADDITIONAL_CONFIG_KEY}'].{name}"
             if name == "commit":
-                raise RequestError(full_name, value, _NO_COMMIT)
+                raise RequestError(f"{where}.{name}", value, _NO_COMMIT)
             if name not in checks:
-                raise ValueError(
-                    f"unknown option {name!r} in additional_config['{ADDITIONAL_CONFIG_KEY}']; "
-                    f"known are {', '.join(checks)}"
-                )
-            chosen[name] = checks[name](full_name, value)
+                raise ValueError(f"unknown option {name!r} in {where}; known are {', '.join(checks)}")
+            defaults[name] = checks[name](f"{where}.{name}", value, vocab_size)
         steps = canvas_length if max_denoising_steps is None else max_denoising_steps
         _integer("diffusion_config.max_denoising_steps", steps, 1, MAX_STEPS)
-        options = cls(
-            canvas_length=canvas_length,
-            max_denoising_steps=steps,
-            request_metrics=request_metrics,
-            seed=seed,
-            **chosen,
-        )
+        options = cls(canvas_length, steps, **defaults)
         if options.mode == "auto":
-            options.check_auto(f"additional_config['{ADDITIONAL_CONFIG_KEY}'].mode")
+            options.check_auto(f"{where}.mode")
         return options
 
     def check_auto(self, name: str) -> None:
@@ -156,16 +214,18 @@ def _receive(options: dict[str, Any]) -> _StoredOptions:
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """The TwoTower options of one request, complete and checked."""
+    """The TwoTower options of one request, complete and checked; ``diffusion_`` and a field's name is the option's."""
 
-    mode: Mode
-    confidence_threshold: float
-    max_steps: int
-    canvas_length: int
-    strategy: str = DEFAULT_STRATEGY
-    noise_schedule: str = "linear"
-    adaptive_unmasking: bool = False
-    remasking: str = "confidence"
+    mode: Mode = _option(_mode)
+    confidence_threshold: float = _option(_threshold, of_strategy=True)
+    max_steps: int = _option(lambda name, value, _: _integer(name, value, 1, MAX_STEPS))
+    canvas_length: int = _option(
+        lambda name, value, engine: _integer(name, value, 1 + (engine.mode == "auto"), engine.canvas_length)
+    )
+    strategy: str = _option(_strategy, default="confidence_unmasking")
+    noise_schedule: str = _option(_noise_schedule, of_strategy=True, default="linear")
+    adaptive_unmasking: bool = _option(_flag, of_strategy=True, default=False)
+    remasking: str = _option(_remasking, of_strategy=True, default="confidence")
 
     @property
     def fills_blocks(self) -> bool:
@@ -188,114 +248,37 @@ class RequestOptions:
         No option is ignored: those of the block sampler are refused for autoregressive requests, and those of one
         strategy for another.
         """
-        from vllm_twotower.sampling.strategies import NOISE_SCHEDULES, REMASKING_SCORES, strategies
+        from vllm_twotower.sampling.strategies import strategies
 
         given = {
             name: value
             for name, value in (extra_args or {}).items()
             if value is not None and (name.startswith(_PREFIX) or not engine.custom_arguments)
         }
-        unknown = sorted(set(given) - set(_REQUEST_OPTIONS))
-        if unknown:
-            raise RequestError(
-                unknown[0],
-                given[unknown[0]],
-                f"unknown option in extra_args; known are {', '.join(_REQUEST_OPTIONS)}",
-            )
+        options = {_PREFIX + option.name: option for option in fields(cls)}
+        for name in sorted(given.keys() - options.keys()):
+            raise RequestError(name, given[name], f"unknown option in extra_args; known are {', '.join(options)}")
         mode = _mode("diffusion_mode", given.pop("diffusion_mode", engine.mode))
-        if mode == "auto":
-            engine.check_auto("diffusion_mode")
-        elif mode != "mask_diffusion":
+        if mode == "ar":
             for name, value in given.items():
                 raise RequestError(name, value, f"has no meaning with diffusion_mode {mode!r}")
             return cls(mode, engine.confidence_threshold, 1, 1)
-        checks: dict[str, Callable[[str, Any], Any]] = {
-            "confidence_threshold": _threshold,
-            "max_steps": lambda name, value: _integer(name, value, 1, MAX_STEPS),
-            "canvas_length": lambda name, value: _integer(name, value, 1 + (mode == "auto"), engine.canvas_length),
-            "strategy": lambda name, value: _choice(name, value, tuple(strategies())),
-            "noise_schedule": lambda name, value: _choice(name, value, tuple(NOISE_SCHEDULES)),
-            "adaptive_unmasking": _flag,
-            "remasking": lambda name, value: _choice(name, value, REMASKING_SCORES),
+        if mode == "auto":
+            engine.check_auto("diffusion_mode")
+        engine = replace(engine, mode=mode)
+        chosen = {
+            options[name].name: options[name].metadata["check"](name, value, engine) for name, value in given.items()
         }
-        chosen = {option: checks[option](name, given[name]) for option, name in _BLOCK_OPTIONS.items() if name in given}
-        strategy = chosen.get("strategy", DEFAULT_STRATEGY)
-        for option in sorted(chosen.keys() & _STRATEGY_OPTIONS - strategies()[strategy].options):
-            name = _BLOCK_OPTIONS[option]
-            raise RequestError(name, given[name], f"has no meaning with diffusion_strategy {strategy!r}")
-        defaults = {
-            "confidence_threshold": engine.confidence_threshold,
-            "max_steps": engine.max_denoising_steps,
-            "canvas_length": engine.canvas_length,
-        }
-        return cls(mode=mode, **(defaults | chosen))
+        defaults = (engine.mode, engine.confidence_threshold, engine.max_denoising_steps, engine.canvas_length)
+        result = replace(cls(*defaults), **chosen)
+        of_strategy = strategies()[result.strategy].options
+        for name, value in sorted(given.items()):
+            if options[name].metadata["of_strategy"] and options[name].name not in of_strategy:
+                raise RequestError(name, value, f"has no meaning with diffusion_strategy {result.strategy!r}")
+        return result
 
 
-# The names of RequestOptions' fields are the options' names without the prefix.
 _PREFIX = "diffusion_"
-_REQUEST_OPTIONS = tuple(_PREFIX + field.name for field in fields(RequestOptions))
-_BLOCK_OPTIONS = {field.name: _PREFIX + field.name for field in fields(RequestOptions) if field.name != "mode"}
-# Each of these means something to the strategies that name it.
-_STRATEGY_OPTIONS = {"confidence_threshold", "noise_schedule", "adaptive_unmasking", "remasking"}
-
-
-# What became of options of earlier versions.
-_NO_COMMIT = (
-    "was removed: the context tower reads a finished block in the step that starts the next one; for fewer of its "
-    "passes set denoise_steps_per_engine_step to 2"
-)
-_NO_MOCK_AR = "was removed: compare towers with vllm_twotower.reference.generate_mock_ar"
-
-
-class RequestError(ValueError):
-    """A request option that cannot be honoured: its name, its value, and why."""
-
-    def __init__(self, name: str, value: Any, reason: str):
-        super().__init__(f"{name}={value!r}: {reason}")
-        self.name, self.value = name, value
-
-
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
-    if value not in allowed:
-        raise RequestError(name, value, f"must be one of {', '.join(map(repr, allowed))}")
-    return value
-
-
-def _mode(name: str, value: Any) -> Any:
-    if value == "mock_ar":
-        raise RequestError(name, value, _NO_MOCK_AR)
-    return _choice(name, value, MODES)
-
-
-def _integer(name: str, value: Any, low: int, high: int | None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise RequestError(
-            name, value, f"must be an integer {f'from {low} to {high}' if high else f'of at least {low}'}"
-        )
-    return value
-
-
-def _steps_or_auto(name: str, value: Any) -> int | str:
-    if value == "auto":
-        return value
-    try:
-        return _integer(name, value, 1, None)
-    except RequestError:
-        raise RequestError(name, value, "must be 'auto' or an integer of at least 1") from None
-
-
-def _flag(name: str, value: Any) -> bool:
-    """A boolean, or the 0 or 1 that vLLM's server makes of one."""
-    if value not in (0, 1) or not isinstance(value, int | float):
-        raise RequestError(name, value, "must be true or false")
-    return bool(value)
-
-
-def _threshold(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
-        raise RequestError(name, value, "must be a number greater than 0 and at most 1")
-    return float(value)
-
 
 _NO_GRAMMAR = "a grammar needs its tokens one after another; use diffusion_mode 'ar'"
 _NO_MEANING = "is not supported for this model"
@@ -342,10 +325,10 @@ def _check_encodable(params: SamplingParams) -> None:
     try:
         encode(params)
     except tuple(reasons):
-        for field in msgspec.structs.fields(params):
-            value = getattr(params, field.name)
+        for option in msgspec.structs.fields(params):
+            value = getattr(params, option.name)
             try:
                 encode(value)
             except tuple(reasons) as error:
-                raise RequestError(field.name, value, reasons[type(error)]) from None
+                raise RequestError(option.name, value, reasons[type(error)]) from None
         raise

@@ -17,7 +17,7 @@ ENGINE = EngineOptions()
 
 
 def resolve(additional_config: object = None, canvas_length: int = 16, steps: int | None = None) -> EngineOptions:
-    return EngineOptions.resolve(additional_config, canvas_length, steps, None, 320)
+    return EngineOptions.resolve(additional_config, canvas_length, steps, 320)
 
 
 def model_config(engine: EngineOptions = ENGINE) -> SimpleNamespace:
@@ -40,7 +40,7 @@ def test_engine_options_are_taken() -> None:
     assert resolve(given, 32, 8) == EngineOptions(32, 8, 0.5, 7, "ar", 4, 100)
     assert RequestOptions.parse(None, resolve(given)).mode == "ar"
     assert resolve({"twotower": {"denoise_steps_per_engine_step": "auto"}}).denoise_steps_per_engine_step == "auto"
-    assert EngineOptions.resolve(None, 16, None, 9, 320).mask_token_id == 9  # the checkpoint's own
+    assert EngineOptions.resolve(None, 16, None, 320, mask_token_id=9).mask_token_id == 9  # the checkpoint's own
     assert EngineOptions.of(model_config(resolve(given))) == resolve(given)
 
 

@@ -13,6 +13,8 @@ from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
 
+from .mode_control import ModeDecision
+
 CONTEXT_PASSES = "vllm:twotower_num_context_passes"
 BLOCKS = "vllm:twotower_num_blocks"
 FORCED_BLOCKS = "vllm:twotower_num_forced_blocks"
@@ -64,6 +66,14 @@ class StepCosts:
     auto_diffusion_us: int = 0
     not_finite: int = 0
     steps_per_block: list[int] = field(default_factory=list)
+
+    def add_choice(self, decision: ModeDecision, num_changes: int) -> None:
+        """Counts how an ``auto`` request goes on, and changes of the mode before."""
+        self.auto_ar += decision.mode == "ar"
+        self.auto_diffusion += decision.mode != "ar"
+        self.auto_changes += num_changes
+        self.auto_ar_us = round(decision.ar_seconds * 1e6)
+        self.auto_diffusion_us = round(decision.diffusion_seconds * 1e6)
 
     def pack(self, num_spec_tokens: int) -> SpecDecodingStats | None:
         """The costs in the form that reaches the front end, ``None`` if there are none.

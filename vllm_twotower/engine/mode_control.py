@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 logger = init_logger(__name__)
 
 BlockMode = Literal["ar", "mask_diffusion"]
-MODES: tuple[BlockMode, ...] = ("mask_diffusion", "ar")
+BLOCK_MODES: tuple[BlockMode, ...] = ("mask_diffusion", "ar")
 
 MARGIN = 0.04
 """The mode changes if the other was faster by more than this share,"""
@@ -124,7 +124,7 @@ class ModeControl:
         for mode, measured in by_mode.items():
             if measured.blocks_left > 0:
                 return mode, f"{mode} is tried"
-        faster, slower = sorted(MODES, key=lambda mode: by_mode[mode].seconds_per_token)
+        faster, slower = sorted(BLOCK_MODES, key=lambda mode: by_mode[mode].seconds_per_token)
         gain = by_mode[slower].seconds_per_token / by_mode[faster].seconds_per_token - 1
         if gain < HOPELESS - 1 and by_mode[slower].blocks > BLOCKS_BETWEEN_TRIES:
             by_mode[slower].try_again()

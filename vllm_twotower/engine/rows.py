@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
+from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request
 
 from vllm_twotower.options import FIRST_MODE, EngineOptions, RequestOptions
 
 from .metrics import RequestDenoisingMetrics, StepCosts
 from .report import Report
+
+logger = init_logger(__name__)
+
+NOT_FINITE = "the model's logits are not finite (NaN or infinite)"
+"""The stop reason of a request that ends because of it."""
 
 
 @dataclass
@@ -78,6 +86,48 @@ class Row:
                 metrics.finish_block(num_sampled)
 
 
+class OpenRows(dict[str, Row]):
+    """The rows of all running requests, by request id."""
+
+    def __init__(self, engine: EngineOptions):
+        super().__init__()
+        self._engine = engine
+
+    def start(self, new: NewRequestData) -> Row:
+        """Adds the row of a request that the worker is told of, for the first time or after a preemption."""
+        self[new.req_id] = row = Row.of(new, self._engine)
+        return row
+
+    def put_drafts(self, drafts: DraftTokenIds) -> None:
+        """Puts what the next step schedules of each request in the place of the placeholders."""
+        for i, req_id in enumerate(drafts.req_ids):
+            if (row := self.get(req_id)) is not None:
+                drafts.draft_token_ids[i] = row.drafts(drafts.draft_token_ids[i])
+
+    def count(
+        self,
+        of_rows: Mapping[str, tuple[Report, int]],
+        costs: StepCosts,
+        requests: Mapping[str, Request],
+        detailed: bool,
+    ) -> None:
+        """Adds what the rows of a step cost, see :func:`reports`; of requests that ended while it ran, to it alone."""
+        for req_id, (report, num_sampled) in of_rows.items():
+            request = requests.get(req_id)
+            metrics = None if request is None else request.spec_decode_metrics
+            self[req_id].count(report, num_sampled, costs, metrics, detailed)
+
+    def unread(self, request: Request) -> int:
+        """How many of the tokens that vLLM counts as computed the context tower reads in a later step."""
+        row = self.get(request.request_id)
+        is_new = request.num_computed_tokens == 0 or row is None  # or preempted
+        return 0 if is_new else row.unread
+
+    def read_prompts(self, starts: Mapping[str, int]) -> set[str]:
+        """Of a step's requests, with their tokens before it, those of whose prompts it read a part."""
+        return {req_id for req_id, start in starts.items() if start < self[req_id].prefill_len}
+
+
 def reports(returned: ModelRunnerOutput) -> Mapping[str, tuple[Report, int]]:
     """The report and the number of sampled tokens of every row of a step; takes the reports out of ``returned``."""
     packed, returned.num_nans_in_logits = returned.num_nans_in_logits or {}, None
@@ -86,3 +136,11 @@ def reports(returned: ModelRunnerOutput) -> Mapping[str, tuple[Report, int]]:
         name: (Report.unpack(packed.get(name, 0)), len(sampled[row]) if sampled else 0)
         for name, row in returned.req_id_to_index.items()
     }
+
+
+def answer_failed(failed: Sequence[Request], outputs: dict[int, EngineCoreOutputs]) -> None:
+    """Adds the answers of requests that a step has ended to its outputs, by client."""
+    for request in failed:
+        logger.error("Request %s ended: %s.", request.request_id, NOT_FINITE)
+        output = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR, stop_reason=NOT_FINITE)
+        outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
