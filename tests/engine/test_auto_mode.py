@@ -60,16 +60,16 @@ def llm() -> Iterator[LLM]:
 @pytest.fixture
 def filled(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Filled:
     """What each step returned of each request: whether the context tower filled it, and how many tokens."""
-    scheduler, made = core(llm).scheduler, defaultdict(list)
-    measure = scheduler._measure
+    rows, made = core(llm).scheduler._rows, defaultdict(list)
+    count = rows.count
 
-    def record(of_rows, starts):
-        for name, (_, count) in of_rows.items():
-            if count and scheduler._rows[name].options.mode == "auto":
-                made[name.split("-")[0]].append((scheduler._rows[name].is_ar, count))
-        measure(of_rows, starts)
+    def record(of_rows, *args):
+        for name, (_, num_tokens) in of_rows.items():
+            if num_tokens and rows[name].options.mode == "auto":
+                made[name.split("-")[0]].append((rows[name].is_ar, num_tokens))
+        count(of_rows, *args)
 
-    monkeypatch.setattr(scheduler, "_measure", record)
+    monkeypatch.setattr(rows, "count", record)
     return made
 
 

@@ -136,11 +136,11 @@ def counted(llm: LLM) -> Iterator[Counted]:
         is_first = step.plan is None
         plan = plan_pass(step)
         if plan.context is not None:
-            metadata = next(found for layer, found in plan.metadata.items() if CONTEXT_PREFIX in layer)
+            metadata = next(found for layer, found in plan.attention.metadata.items() if CONTEXT_PREFIX in layer)
             result.ran["context passes"] += len(metadata.seq_lens)
         if plan.canvas is not None:
             result.ran["denoiser passes"] += len(plan.canvas.time)
-            result.ran["canvas positions"] += len(plan.canvas.input_ids)
+            result.ran["canvas positions"] += int(plan.canvases.rows.lengths.sum())
             result.ran["further passes"] += 0 if is_first else len(plan.canvas.time)
         if is_first:
             result.ran["idle rows"] += int((step.rows.waits & ~step.rows.is_chunk).sum())
