@@ -1,7 +1,8 @@
 """Tokens/s, tokens per tower pass and right answers: mask diffusion, autoregression, auto, and the plain model's loop.
 
 Closed loops of the tiny model's held-out problems with 1 to 64 requests open. All variants take turns, each figure is
-the median of its rounds, and the last column is the ratio to autoregression in the same engine and run:
+the median of its rounds, and the last column is the ratio to autoregression in the same engine and run. Those with the
+released model's passes take as many passes for a block as it does (``released_passes.py``):
 
     python benchmarks/throughput.py --open 1 4 16 64 --thresholds 0.5 0.7 0.8 0.9 0.95
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from closed_loop import TINY, Outcome, Stretch, closed_loop, in_turns, metric_values, problems, start
+from released_passes import RELEASED, register
 from summary import Summary
 
 from vllm_twotower.offline import fastest_dtype
@@ -47,6 +49,7 @@ def main() -> None:
     Summary.add_argument(parser)
     args = parser.parse_args()
     summary = Summary(args.summary)
+    register()
 
     asked = problems(args.model)
     variants = {}
@@ -124,7 +127,10 @@ def engine_variants(llm: LLM, args: argparse.Namespace, counts_passes: bool) -> 
     variants = {AR: variant(diffusion_mode="ar")}
     for threshold in args.thresholds:
         variants[f"threshold {threshold}"] = variant(diffusion_confidence_threshold=threshold)
-    return variants | {"auto": variant(diffusion_mode="auto", diffusion_confidence_threshold=middle(args))}
+    variants["auto"] = variant(diffusion_mode="auto", diffusion_confidence_threshold=middle(args))
+    variants["released passes"] = variant(diffusion_strategy=RELEASED)
+    variants["auto, released passes"] = variant(diffusion_mode="auto", diffusion_strategy=RELEASED)
+    return variants
 
 
 def middle(args: argparse.Namespace) -> float:
