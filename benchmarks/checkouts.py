@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from closed_loop import TINY, problems, start
@@ -23,8 +24,17 @@ from closed_loop import TINY, problems, start
 ENGINE = "--engine"
 
 
+def use_patches_of(folder: Path) -> None:
+    """Makes a checkout's ``patches`` the package's: an installed package would have those of another one."""
+    name, path = "vllm_twotower.patches", folder / "patches"
+    spec = spec_from_file_location(name, path / "__init__.py", submodule_search_locations=[str(path)])
+    sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
+
 def serve(model: Path) -> None:
     """Answers each line of the input, a number of requests and a mode, with tokens per second of processor time."""
+    use_patches_of(Path.cwd())
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all in this process
     from vllm import SamplingParams
 
