@@ -161,14 +161,15 @@ class Replayer:
         ):
             logits = state.model.run(plan)
         if plan.canvases is not None:
-            predictions = self.decision.predict(plan.canvases, logits.denoiser, logits.denoiser_head, logits.tile)
-            [(part, predicted)] = predictions
+            [(part, predicted)] = self.decision.predict(
+                plan.canvases, logits.denoiser, logits.denoiser_head, logits.tile, frozenset({"confidence"})
+            )
             filled = fill_canvases(part, predicted, self.table.rules)
             return {"hidden": logits.denoiser.view(len(rows), rows.width, -1), **vars(filled)}
         if plan.next_tokens is None:
             return {}
         [(_, predicted)] = self.decision.predict(plan.next_tokens, logits.context, logits.context_head, logits.tile)
-        return {"hidden": logits.context, "tokens": predicted.tokens, "confidence": predicted.confidence}
+        return {"hidden": logits.context, "tokens": predicted.tokens, "is_finite": predicted.is_finite}
 
 
 def tensors_in(values: Any) -> list[Tensor]:

@@ -13,7 +13,7 @@ from strategy_plugin import install_left_to_right
 
 from vllm_twotower.options import EngineOptions, RequestError, RequestOptions
 from vllm_twotower.reference import unmask_confident
-from vllm_twotower.sampling.prediction import MASKED_LOGIT, predict
+from vllm_twotower.sampling.prediction import MASKED_LOGIT
 from vllm_twotower.sampling.strategies import (
     NOISE_SCHEDULES,
     REMASKING_SCORES,
@@ -64,7 +64,7 @@ def test_confidence_unmasking_equals_the_reference_row_by_row(seed: int) -> None
     valid = torch.arange(WIDTH) < widths[:, None]
     suppressed = logits.clone()
     suppressed[..., MASK] = MASKED_LOGIT
-    prediction, confidence = (x.view(rows, WIDTH) for x in predict(suppressed.flatten(0, 1)))
+    confidence, prediction = suppressed.softmax(-1).max(-1)
     options = row_options(rows, max_steps=max_steps.tolist(), confidence_threshold=threshold.tolist())
     masked = (canvas == MASK) & valid
     denoised = denoiser_pass(masked, step, prediction=prediction, confidence=confidence)

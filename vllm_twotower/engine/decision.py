@@ -12,7 +12,7 @@ from vllm.config import ModelConfig
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_twotower.model.step_logits import OutputHead
-from vllm_twotower.sampling.prediction import draw, margin, predict, probability, temper_and_filter
+from vllm_twotower.sampling.prediction import draw, margin, probability, temper_and_filter
 from vllm_twotower.sampling.row_options import RowOptions
 from vllm_twotower.sampling.uniform import uniform
 
@@ -27,13 +27,15 @@ from .token_logprobs import ScoredTokens
 class Prediction:
     """What a pass predicts at T positions.
 
-    ``tokens`` (T,) int64; ``confidence`` (T,) fp32, their probability before temperature and filters, not finite where
-    the logits were not; ``margin`` and ``energy`` (T,) fp32, see ``DenoiserPass``, where they were asked for.
-    ``scored`` are the tokens whose log-probabilities are kept if they are committed, ``ruled`` the rows with rules.
+    ``tokens`` (T,) int64; ``is_finite`` (T,) bool, whether the logits were; where they were asked for, ``confidence``
+    (T,) fp32, the tokens' probability before temperature and filters, ``margin`` and ``energy`` (T,) fp32, see
+    ``DenoiserPass``. ``scored`` are the tokens whose log-probabilities are kept if they are committed, ``ruled`` the
+    rows with rules.
     """
 
     tokens: Tensor
-    confidence: Tensor
+    is_finite: Tensor
+    confidence: Tensor | None = None
     margin: Tensor | None = None
     energy: Tensor | None = None
     scored: ScoredTokens | None = None
@@ -71,7 +73,7 @@ class Decision:
             else:
                 best = head.best(of_part, part.never)
                 energy = best.confidence.log() if "energy" in needs else None
-                yield part, Prediction(best.tokens, best.confidence, energy=energy)
+                yield part, Prediction(best.tokens, best.confidence.isfinite(), best.confidence, energy=energy)
 
     def record(self, targets: Targets, predicted: Prediction, committed: Tensor) -> None:
         """Keeps the log-probabilities of the positions that are ``committed`` (T,) bool."""
@@ -81,13 +83,12 @@ class Decision:
     def _tiles(self, targets: Targets, head: OutputHead, tile: int) -> Iterator[tuple[np.ndarray, bool]]:
         """Rows of the targets, and whether they are scored by whole rows of logits."""
         slots, size = targets.host_slots, max(1, tile // targets.rows.width)
+        whole = np.arange(len(slots))
         if head.is_sharded:
             needs_logits = self._table.needs_logits(slots) | self.processors.applies[slots] | targets.has_grammar
-        else:
-            needs_logits = np.ones(len(slots), dtype=bool)
-        if len(index := np.flatnonzero(~needs_logits)):
-            yield index, False
-        whole = np.flatnonzero(needs_logits)
+            if len(index := np.flatnonzero(~needs_logits)):
+                yield index, False
+            whole = np.flatnonzero(needs_logits)
         for start in range(0, len(whole), size):
             yield whole[start : start + size], True
 
@@ -104,12 +105,14 @@ class Decision:
             targets.restrict(logits)
         if self._scores_processed:
             scored = self._scored_tokens(targets, logits)
-        tokens, confidence = predict(logits)
-        predicted = Prediction(tokens, confidence, scored=scored, ruled=ruled)
+        largest, tokens = logits.max(-1)
+        predicted = Prediction(tokens, largest.isfinite(), scored=scored, ruled=ruled)
+        if "confidence" in needs:
+            predicted.confidence = probability(logits, tokens)
         if "margin" in needs:
             predicted.margin = margin(logits)
         if "energy" in needs:
-            predicted.energy = confidence.log()
+            predicted.energy = predicted.confidence.log()
         if table.is_random[slots].any():
             self._draw(targets, logits, predicted)
         return predicted
@@ -126,8 +129,8 @@ class Decision:
         number = uniform(options.seed, targets.starts[row], step, targets.column[index])
         tokens = draw(shaped, number)
         predicted.tokens[index] = tokens
-        # A sum, so that what is not finite stays so.
-        predicted.confidence[index] = probability(of_random, tokens) + 0 * predicted.confidence[index]
+        if predicted.confidence is not None:
+            predicted.confidence[index] = probability(of_random, tokens)
         if predicted.energy is not None:
             predicted.energy[index] = options.temperature * shaped.logsumexp(-1) - of_random.logsumexp(-1)
         if self._scores_processed and predicted.scored is not None:
@@ -163,9 +166,9 @@ class Decision:
 
     def _scored_tokens(self, targets: Targets, logits: Tensor) -> ScoredTokens | None:
         """The tokens of rows that ask for log-probabilities, with their logits as they are now."""
+        if not self._table.logprobs.has_logprobs[targets.host_slots].any():
+            return None
         slots = targets.host_slots[targets.host_row]
         index = np.flatnonzero(self._table.logprobs.has_logprobs[slots])
-        if not len(index):
-            return None
         of_index = logits[targets.on_device(index)]
         return ScoredTokens(index, slots[index], targets.returned_column[index], of_index)

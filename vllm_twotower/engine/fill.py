@@ -61,7 +61,7 @@ class StepFill:
         for part, predicted in self._decision.predict(targets, logits.context, logits.context_head, logits.tile):
             count, rows = len(part), part.rows
             tokens = predicted.tokens[:count]
-            self._check(part, predicted.confidence)
+            self._check(part, predicted)
             self._text.gpu[part.slots[:count], part.starts[:count]] = tokens.to(self._text.gpu.dtype)
             self.tokens[rows.batch_rows[:count], part.on_device(part.num_returned)] = tokens
             self._decision.record(part, predicted, torch.ones_like(tokens, dtype=torch.bool))
@@ -71,12 +71,12 @@ class StepFill:
 
     def denoise(self, canvases: Canvases, logits: StepLogits) -> None:
         """Advances canvases by the pass whose hidden states (T, H) are ``logits.denoiser``."""
-        needs = frozenset().union(*(strategy.needs for strategy, _ in canvases.strategy_rows))
+        needs = frozenset({"confidence"}).union(*(strategy.needs for strategy, _ in canvases.strategy_rows))
         predictions = self._decision.predict(canvases, logits.denoiser, logits.denoiser_head, logits.tile, needs)
         for part, predicted in predictions:
             filled = fill_canvases(part, predicted, self._table.rules)
             count, rows = len(part), part.rows
-            self._check(part, predicted.confidence)
+            self._check(part, predicted)
             self._decision.record(part, predicted, filled.positions.flatten())
             part.store(filled.canvas, filled.step, filled.whole)
             self.tokens[rows.batch_rows[:count], : rows.width] = filled.canvas[:count]
@@ -84,10 +84,10 @@ class StepFill:
             whole = rows.host.batch_rows[filled.whole[:count].cpu().numpy()]
             self._rows.add_tokens(whole, self._rows.room[whole], np.ones(len(whole), dtype=bool))
 
-    def _check(self, part: Canvases | NextTokens, confidence: Tensor) -> None:
-        """Notes which rows have confidences (T,) that are not finite."""
+    def _check(self, part: Canvases | NextTokens, predicted: Prediction) -> None:
+        """Notes which rows had logits that are not finite."""
         count = len(part)
-        self.is_finite[part.rows.batch_rows[:count]] &= part.by_row(confidence).sum(1)[:count].isfinite()
+        self.is_finite[part.rows.batch_rows[:count]] &= part.by_row(predicted.is_finite)[:count].all(1)
 
 
 @dataclass

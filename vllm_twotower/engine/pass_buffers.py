@@ -45,7 +45,8 @@ class PassBuffers:
     ) -> DeviceRows:
         """The rows of one tower, which arrive with the next copy; ``is_padded`` gives all the width of the longest."""
         count, of_rows, array = len(rows), slots[rows.batch_rows], self._array[tower]
-        array[:, :count] = rows.batch_rows, of_rows, rows.starts, rows.lengths
+        if count:
+            array[:, :count] = rows.batch_rows, of_rows, rows.starts, rows.lengths
         array[:, count:] = 0
         longest = int(rows.lengths.max(initial=0))
         is_even = bool((rows.lengths == longest).all())

@@ -101,7 +101,9 @@ class TwoTowerSampler:
             else:
                 targets, head = Canvases(rows, table), logits.denoiser_head
             hidden = logits.denoiser[: rows.num_tokens]
-            for part, predicted in self._decision.predict(targets, hidden, head, logits.tile, frozenset({"margin"})):
+            for part, predicted in self._decision.predict(
+                targets, hidden, head, logits.tile, frozenset({"confidence", "margin"})
+            ):
                 self._decision.record(part, predicted, torch.ones_like(predicted.tokens, dtype=torch.bool))
             table.clear()
         prompt = logits.denoiser[:CHUNK_SIZE]

@@ -112,9 +112,10 @@ class StepRows:
         starts, is_chunk = self.read[rows], self.is_chunk[rows] & (self.context_passes[rows] == 0)
         stops = np.where(is_chunk, self.known[rows], next_stop(starts, self._commit_interval))
         context = TowerRows(rows, starts, np.minimum(self.known[rows], stops) - starts)
-        if len(rows) > 1:
+        is_decode = (context.lengths == 1) & (context.starts > 0)
+        if not is_decode.all():
             # vLLM's Mamba metadata takes one-token rows with a state for decodes, which come first (mamba_attn.py).
-            context = context.take(np.argsort(~((context.lengths == 1) & (context.starts > 0)), kind="stable"))
+            context = context.take(np.argsort(~is_decode, kind="stable"))
         self.read[context.batch_rows] += context.lengths
         self.context_passes[rows] += 1
         self._runs &= self.room > 0

@@ -21,12 +21,6 @@ def suppress_mask_token(logits: Tensor, mask_token_id: int) -> None:
     logits[:, mask_token_id].fill_(MASKED_LOGIT)
 
 
-def predict(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The arg max (T,) of logits (T, V) and its probability (T,) in fp32."""
-    best, prediction = logits.max(-1)
-    return prediction, torch.exp(best - logits.logsumexp(-1))
-
-
 def probability(logits: Tensor, tokens: Tensor) -> Tensor:
     """Probability (T,) of tokens (T,) under logits (T, V), neither tempered nor filtered."""
     return torch.exp(logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1))
