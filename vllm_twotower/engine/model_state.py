@@ -183,12 +183,29 @@ class TwoTowerModelState(ModelState):
                 logits_indices = context.on_device(context.host.query_start_loc[1:][index] - 1)
             num_returned = step.rows.num_new[rows.host.batch_rows]
             plan.next_tokens = NextTokens(rows.next_positions(), self.table, num_returned)
-        attention = self._attention(
-            context, context.block_tables(self._block_tables), step.context_groups, is_causal=True
-        )
+        attention = self._context_attention(step, context)
         input_ids = self._req_states.all_token_ids.gpu[context.slots[context.row], context.positions]
         prompt_tokens = self._prompt_tokens(step, context.host)
-        plan.context = ContextInputs(attention, input_ids, context.positions, logits_indices, prompt_tokens)
+        plan.context = ContextInputs(attention, context, input_ids, logits_indices, prompt_tokens)
+
+    def _context_attention(self, step: _Step, rows: DeviceRows) -> AttentionInputs:
+        """What the context tower's layers need; for Mamba layers as in the pass before if that was the same to them."""
+        groups, kept = step.context_groups, {}
+        before = None if step.plan is None else step.plan.context
+        if before is not None and self._continues(before.rows, rows):
+            groups = [[] if group_id in self._mamba_groups else groups[group_id] for group_id in range(len(groups))]
+            kept = {name: before.attention.metadata[name] for name in self._mamba_layers}
+        attention = self._attention(rows, rows.block_tables(self._block_tables), groups, is_causal=True)
+        attention.metadata |= kept
+        return attention
+
+    def _continues(self, before: DeviceRows, rows: DeviceRows) -> bool:
+        """Whether the rows go on by one token each where those of the pass before went on so too, in the same pages."""
+        if not before.width == rows.width == 1 or len(before) != len(rows):
+            return False
+        first, second = (state_column(ends, self._state_block_size) for ends in (before.host.ends, rows.host.ends))
+        is_same = (before.host.batch_rows == rows.host.batch_rows) & (first == second)
+        return bool((is_same & (before.host.starts > 0)).all())
 
     def _prompt_tokens(self, step: _Step, rows: TowerRows) -> torch.Tensor | None:
         """See :class:`ContextInputs`; a chunk is read in the first pass of a step."""

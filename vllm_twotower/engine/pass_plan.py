@@ -10,6 +10,7 @@ from torch import Tensor
 from vllm_twotower.model.denoiser import CanvasRows
 
 from .targets import Canvases, NextTokens
+from .tower_rows import DeviceRows
 
 
 @dataclass
@@ -22,15 +23,15 @@ class AttentionInputs:
 
 @dataclass
 class ContextInputs:
-    """The context tower's tokens (T,), their positions, and the tokens whose logits are needed, if any are.
+    """The context tower's rows, their tokens (T,), and the tokens whose logits are needed, if any are.
 
     ``prompt_tokens`` (2, n), if a prompt's log-probabilities are asked for: indices of prompt tokens here, and where
     they lie in vLLM's batch.
     """
 
     attention: AttentionInputs
+    rows: DeviceRows
     input_ids: Tensor
-    positions: Tensor
     logits_indices: Tensor | slice | None
     prompt_tokens: Tensor | None
 

@@ -135,7 +135,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         """What the pass has logits for, and all hidden states (T, H) of the context tower if it runs."""
         hidden = context = denoiser = None
         if plan.context is not None:
-            hidden = self.context_tower(plan.context.input_ids, plan.context.positions)
+            hidden = self.context_tower(plan.context.input_ids, plan.context.rows.positions)
             if plan.context.logits_indices is not None:
                 context = hidden[plan.context.logits_indices]
         if plan.canvas is not None:
