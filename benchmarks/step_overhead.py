@@ -115,7 +115,7 @@ def timed_parts(llm: Any) -> Clock:
     clock.wrap(core.scheduler, "update_from_output", "update")
     clock.wrap(core.scheduler, "update_draft_token_ids", "update")
     clock.wrap(runner, "execute_model", "prepare")
-    clock.wrap(runner.model_state, "_plan_pass", "metadata")
+    clock.wrap(runner.model_state.planner, "plan", "metadata")
     clock.wrap(runner.model, "forward", "towers")
     clock.wrap(runner.model.logits_processor, "forward", "heads")
     clock.wrap(type(runner.sampler), "__call__", "sampler")

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.attention.attention import Attention
 from vllm.utils.torch_utils import _resolve_layer_name
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from vllm_twotower.engine import model_state
+from vllm_twotower.engine import pass_planner
 from vllm_twotower.engine.prefix_cache import state_column
 from vllm_twotower.kernels.seeded_mamba import seeded_conv
 from vllm_twotower.model.moe_cpu import CpuMoE
@@ -45,7 +45,7 @@ def torch_layers(layers: dict[str, Any], state_block_size: int) -> Iterator[None
         patch.setattr(torch.ops.vllm, "unified_kv_cache_update", attention.unified_kv_cache_update)
         patch.setattr(torch.ops.vllm, "mamba_mixer2", _mix)
         patch.setattr(CpuMoE, "forward", _all_experts)
-        patch.setattr(model_state, "build_attn_metadata", lambda **given: _metadata(state_block_size, **given))
+        patch.setattr(pass_planner, "build_attn_metadata", lambda **given: _metadata(state_block_size, **given))
         yield
 
 

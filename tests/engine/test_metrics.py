@@ -129,8 +129,8 @@ class Counted:
 @contextmanager
 def counted(llm: LLM) -> Iterator[Counted]:
     """Reads the metrics before and after, and the plan of every step in between."""
-    state, before = runner(llm).model_state, figures(llm)
-    plan_pass, result = state._plan_pass, Counted({}, Counter())
+    planner, before = runner(llm).model_state.planner, figures(llm)
+    plan_pass, result = planner.plan, Counted({}, Counter())
 
     def record(step: Any) -> Any:
         is_first = step.plan is None
@@ -146,11 +146,11 @@ def counted(llm: LLM) -> Iterator[Counted]:
             result.ran["idle rows"] += int((step.rows.waits & ~step.rows.is_chunk).sum())
         return plan
 
-    state._plan_pass = record
+    planner.plan = record
     try:
         yield result
     finally:
-        del state._plan_pass
+        del planner.plan
     result.grew = {name: value - before[name] for name, value in figures(llm).items()}
 
 

@@ -62,7 +62,7 @@ class Replayer:
         self.table, self.decision = self.state.table, worker.sampler._decision
         self.layers = self.state.vllm_config.compilation_config.static_forward_context
         self.buffers = PassBuffers(8, cpu)
-        self.plan_towers = self.state.plan_towers
+        self.plan_towers = self.state.planner.plan_towers
         model = self.state.model
         self.caches = [cache for layer in self.layers.values() for cache in tensors_in(layer.kv_cache)]
         self.known = [
@@ -101,7 +101,7 @@ class Replayer:
         return self.plan_towers(step, context, denoiser, gets_token)
 
     def _note(self, kind: Kind, rows: TowerRows) -> None:
-        page = self.state._state_block_size
+        page = self.state.planner.state_block_size
         self.seen["rows that fill up"] += len(rows) not in BUCKETS
         self.seen["short canvas"] += kind.is_denoiser and bool((rows.lengths < WIDTH).any())
         self.seen["fresh prompt"] += not kind.is_denoiser and bool((rows.starts == 0).any())
@@ -120,7 +120,7 @@ class Replayer:
                 cache.copy_(value)
             return results, after
 
-        with torch_layers(self.layers, self.state._state_block_size):
+        with torch_layers(self.layers, self.state.planner.state_block_size):
             exact, eager = (
                 made_by(partial(self._pass, step, *self._send(step, kind, rows, shape)))
                 for shape in (None, (bucket, kind.width))
@@ -209,7 +209,7 @@ def test_passes_are_replayed(checkpoint: str) -> None:
         expected = [tokens_of(generate(llm, *batch)) for batch in batches]
     with torch_attention(), running_engine(model, **options) as llm, pytest.MonkeyPatch.context() as patch:
         replayer = Replayer(llm)
-        patch.setattr(replayer.state, "plan_towers", replayer.plan)
+        patch.setattr(replayer.state.planner, "plan_towers", replayer.plan)
         replayed = [tokens_of(generate(llm, *batch)) for batch in batches]
     assert replayed == expected
     assert set(replayer.replays) == {(kind.name, rows) for kind in (CANVAS, READ, NEXT) for rows in BUCKETS}

@@ -1,1 +1,1 @@
-"""How a TwoTower runs inside vLLM: configuration, per-request state, the step plan and the block sampler."""
+"""How a TwoTower runs inside vLLM: scheduler, per-request state, the passes of a step and what they decide."""
