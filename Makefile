@@ -73,7 +73,7 @@ test: setup  ## run the tests but slow ones (ARGS="-m slow": those; ARGS="-k nam
 	$(RUN) python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow' \
 		tests/unit tests/engine tests/distributed tests/server tests/gpu $(ARGS)
 
-BENCHMARKS := "throughput.py --reference" step_overhead.py latency.py memory.py cost_model.py
+BENCHMARKS := "throughput.py --reference" "throughput.py --released" step_overhead.py latency.py memory.py cost_model.py
 bench: setup  ## measure speed, latency, memory and the cost model; ends with one table of ratios
 	@rm -f runs/bench.jsonl
 	@set -e; for script in $(BENCHMARKS); do $(RUN) python benchmarks/$$script --summary runs/bench.jsonl; done

@@ -1,10 +1,11 @@
 """Tokens/s, tokens per tower pass and right answers: mask diffusion, autoregression, auto, and the plain model's loop.
 
 Closed loops of the tiny model's held-out problems with 1 to 64 requests open. All variants take turns, each figure is
-the median of its rounds, and the last column is the ratio to autoregression in the same engine and run. Those with the
-released model's passes take as many passes for a block as it does (``released_passes.py``):
+the median of its rounds, and the third column is the ratio to autoregression in the same engine and run:
 
     python benchmarks/throughput.py --open 1 4 16 64 --thresholds 0.5 0.7 0.8 0.9 0.95
+
+With ``--released`` a block takes as many passes as the released model's do (``released_passes.py``), at no threshold.
 
 With ``--engines`` other engines are measured beside the first, to compare their options (as JSON, one each):
 
@@ -45,11 +46,13 @@ def main() -> None:
     parser.add_argument("--engines", type=json.loads, nargs="*", default=[], help="options of further engines")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--released", action="store_true", help="the released model's passes per block")
     parser.add_argument("--reference", action="store_true", help="also measure the plain PyTorch loop")
     Summary.add_argument(parser)
     args = parser.parse_args()
     summary = Summary(args.summary)
-    register()
+    if args.released:
+        register()
 
     asked = problems(args.model)
     variants = {}
@@ -125,12 +128,12 @@ def engine_variants(llm: LLM, args: argparse.Namespace, counts_passes: bool) -> 
         return run
 
     variants = {AR: variant(diffusion_mode="ar")}
+    if args.released:
+        variants["released passes"] = variant(diffusion_strategy=RELEASED)
+        return variants | {"auto": variant(diffusion_mode="auto", diffusion_strategy=RELEASED)}
     for threshold in args.thresholds:
         variants[f"threshold {threshold}"] = variant(diffusion_confidence_threshold=threshold)
-    variants["auto"] = variant(diffusion_mode="auto", diffusion_confidence_threshold=middle(args))
-    variants["released passes"] = variant(diffusion_strategy=RELEASED)
-    variants["auto, released passes"] = variant(diffusion_mode="auto", diffusion_strategy=RELEASED)
-    return variants
+    return variants | {"auto": variant(diffusion_mode="auto", diffusion_confidence_threshold=middle(args))}
 
 
 def middle(args: argparse.Namespace) -> float:

@@ -112,7 +112,7 @@ OVERRIDES = (
     Override(
         name="worker-reports",
         members=("vllm.v1.outputs:ModelRunnerOutput.num_nans_in_logits",),
-        where="vllm_twotower.engine.rows:reports",
+        where="vllm_twotower.engine.running_requests:reports",
         why="What the worker reports of each row reaches the scheduler in it.",
         sources=(f"{RUNNER}.async_utils:AsyncOutput", f"{RUNNER}.sample.output:SamplerOutput"),
         source_sha256={

@@ -15,6 +15,10 @@ from vllm_twotower.patches.registry import (
 # vLLM's own plan for running these kernels on a CPU.
 CPU_KERNELS = "https://github.com/vllm-project/vllm/pull/55847"
 WITHOUT_TRITON = "vLLM runs this kernel on a CPU without Triton"
+QUEUES_STAY = (
+    "vLLM frees a queue's memory when the queue is collected. A killed rank, or an engine that takes too long to end "
+    "and is killed with Python's resource tracker, leaves up to 240 MiB in /dev/shm, until an engine finds no space."
+)
 
 START_PATCHES = (
     Patch(
@@ -113,11 +117,7 @@ START_PATCHES = (
         function="shared_memory_names:of_executor",
         wraps=True,
         what="MultiprocExecutor and RayExecutorV2, ready, unlink the memory of a TwoTower engine's queue.",
-        why=(
-            "vLLM frees a queue's memory when the queue is collected. A killed rank, or an engine that takes "
-            "too long to end and is killed with Python's resource tracker, leaves up to 240 MiB in /dev/shm, "
-            "until an engine finds no space."
-        ),
+        why=QUEUES_STAY,
         upstream="not reported",
         remove_when="vLLM's message queues leave nothing in /dev/shm when their processes are killed",
         applies_when=everywhere,
@@ -224,6 +224,26 @@ START_PATCHES = (
     ),
 )
 
+
+def _kernel(
+    target: str, launcher: str, function: str, why: str, source_sha256: dict[str, str], language: str = "numpy"
+) -> Patch:
+    """The patch of a Triton kernel; ``launcher`` is the function or method beside it that launches it."""
+    return Patch(
+        name=function.partition(":")[2].replace("_", "-"),
+        target=target,
+        function=function,
+        wraps=False,
+        what=f"Runs the kernel of {launcher} in {language}.",
+        why=why,
+        upstream=CPU_KERNELS,
+        remove_when=WITHOUT_TRITON,
+        applies_when=kernel_cannot_launch(target),
+        sources=(target, f"{target.partition(':')[0]}:{launcher.partition('.')[0]}"),
+        source_sha256=source_sha256,
+    )
+
+
 WORKER_PATCHES = (
     Patch(
         name="shared-memory-names-rank",
@@ -231,11 +251,7 @@ WORKER_PATCHES = (
         function="shared_memory_names:of_rank",
         wraps=True,
         what="MessageQueue.wait_until_ready also unlinks the memory of the queue, if this process has made it.",
-        why=(
-            "vLLM frees a queue's memory when the queue is collected. A killed rank, or an engine that takes "
-            "too long to end and is killed with Python's resource tracker, leaves up to 240 MiB in /dev/shm, "
-            "until an engine finds no space."
-        ),
+        why=QUEUES_STAY,
         upstream="not reported",
         remove_when="vLLM's message queues leave nothing in /dev/shm when their processes are killed",
         applies_when=in_one_of_several_ranks,
@@ -264,20 +280,11 @@ WORKER_PATCHES = (
         sources=("vllm.triton_utils.importing:TritonPlaceholder",),
         source_sha256={"0.32.0": "7cfbb1b9e83a361d1662b7e1263c9a3e8bcaafa8692d84950e91f877c982d004"},
     ),
-    Patch(
-        name="apply-write",
-        target="vllm.v1.worker.gpu.buffer_utils:_apply_write_kernel",
+    _kernel(
+        "vllm.v1.worker.gpu.buffer_utils:_apply_write_kernel",
+        launcher="StagedWriteTensor.apply_write",
         function="cpu_runner.staged_writes:apply_write",
-        wraps=False,
-        what="Runs the kernel of StagedWriteTensor.apply_write in numpy.",
         why="Without Triton no new request and no new block ever reaches the worker's tables.",
-        upstream=CPU_KERNELS,
-        remove_when=WITHOUT_TRITON,
-        applies_when=kernel_cannot_launch("vllm.v1.worker.gpu.buffer_utils:_apply_write_kernel"),
-        sources=(
-            "vllm.v1.worker.gpu.buffer_utils:_apply_write_kernel",
-            "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor",
-        ),
         source_sha256={"0.32.0": "229364af666b85e94b57156473d022dd67ff6f814fc3df00964cabff1547651c"},
     ),
     Patch(
@@ -293,100 +300,46 @@ WORKER_PATCHES = (
         sources=("vllm.v1.worker.gpu.buffer_utils:FusedStagedWriter",),
         source_sha256={"0.32.0": "b9f2a612a2d85492eb855f0c05f60620317562fb567c6e7027fd10d5f047ad97"},
     ),
-    Patch(
-        name="prepare-prefill-inputs",
-        target="vllm.v1.worker.gpu.input_batch:_prepare_prefill_inputs_kernel",
+    _kernel(
+        "vllm.v1.worker.gpu.input_batch:_prepare_prefill_inputs_kernel",
+        launcher="prepare_prefill_inputs",
         function="cpu_runner.input_batch:prepare_prefill_inputs",
-        wraps=False,
-        what="Runs the kernel of prepare_prefill_inputs in numpy.",
         why="Without Triton prompts never reach the model's input.",
-        upstream=CPU_KERNELS,
-        remove_when=WITHOUT_TRITON,
-        applies_when=kernel_cannot_launch("vllm.v1.worker.gpu.input_batch:_prepare_prefill_inputs_kernel"),
-        sources=(
-            "vllm.v1.worker.gpu.input_batch:_prepare_prefill_inputs_kernel",
-            "vllm.v1.worker.gpu.input_batch:prepare_prefill_inputs",
-        ),
         source_sha256={"0.32.0": "2f1d468bc34d727f65390ec20135926b7d009a411e921ac118446300d692b980"},
     ),
-    Patch(
-        name="prepare-pos-seq-lens",
-        target="vllm.v1.worker.gpu.input_batch:_prepare_pos_seq_lens_kernel",
+    _kernel(
+        "vllm.v1.worker.gpu.input_batch:_prepare_pos_seq_lens_kernel",
+        launcher="prepare_pos_seq_lens",
         function="cpu_runner.input_batch:prepare_pos_seq_lens",
-        wraps=False,
-        what="Runs the kernel of prepare_pos_seq_lens in numpy.",
         why="Without Triton no step can be prepared.",
-        upstream=CPU_KERNELS,
-        remove_when=WITHOUT_TRITON,
-        applies_when=kernel_cannot_launch("vllm.v1.worker.gpu.input_batch:_prepare_pos_seq_lens_kernel"),
-        sources=(
-            "vllm.v1.worker.gpu.input_batch:_prepare_pos_seq_lens_kernel",
-            "vllm.v1.worker.gpu.input_batch:prepare_pos_seq_lens",
-        ),
         source_sha256={"0.32.0": "2776a359c20cbe16f3cdc3715038d26bd55788cdc06bc43b14785fa8a2f36f1f"},
     ),
-    Patch(
-        name="combine-sampled-and-draft-tokens",
-        target="vllm.v1.worker.gpu.input_batch:_combine_sampled_and_draft_tokens_kernel",
+    _kernel(
+        "vllm.v1.worker.gpu.input_batch:_combine_sampled_and_draft_tokens_kernel",
+        launcher="combine_sampled_and_draft_tokens",
         function="cpu_runner.input_batch:combine_sampled_and_draft_tokens",
-        wraps=False,
-        what="Runs the kernel of combine_sampled_and_draft_tokens in numpy.",
         why="Without Triton the canvas, which vLLM carries as draft tokens, never reaches the model's input.",
-        upstream=CPU_KERNELS,
-        remove_when=WITHOUT_TRITON,
-        applies_when=kernel_cannot_launch("vllm.v1.worker.gpu.input_batch:_combine_sampled_and_draft_tokens_kernel"),
-        sources=(
-            "vllm.v1.worker.gpu.input_batch:_combine_sampled_and_draft_tokens_kernel",
-            "vllm.v1.worker.gpu.input_batch:combine_sampled_and_draft_tokens",
-        ),
         source_sha256={"0.32.0": "6da1eaeaa76e19cf05b50fcac2b71303eaaa181c9fe0912a940e82e36b7aa436"},
     ),
-    Patch(
-        name="post-update",
-        target="vllm.v1.worker.gpu.input_batch:_post_update_kernel",
+    _kernel(
+        "vllm.v1.worker.gpu.input_batch:_post_update_kernel",
+        launcher="post_update",
         function="cpu_runner.input_batch:post_update",
-        wraps=False,
-        what="Runs the kernel of post_update in numpy.",
         why="Without Triton no step's result can be booked.",
-        upstream=CPU_KERNELS,
-        remove_when=WITHOUT_TRITON,
-        applies_when=kernel_cannot_launch("vllm.v1.worker.gpu.input_batch:_post_update_kernel"),
-        sources=(
-            "vllm.v1.worker.gpu.input_batch:_post_update_kernel",
-            "vllm.v1.worker.gpu.input_batch:post_update",
-        ),
         source_sha256={"0.32.0": "5a5499627dcf75f7b8b49987ac226361da31bb8cb874efacb28adc18832e6c84"},
     ),
-    Patch(
-        name="post-update-num-computed-tokens",
-        target="vllm.v1.worker.gpu.input_batch:_post_update_num_computed_tokens_kernel",
+    _kernel(
+        "vllm.v1.worker.gpu.input_batch:_post_update_num_computed_tokens_kernel",
+        launcher="post_update_num_computed_tokens",
         function="cpu_runner.input_batch:post_update_num_computed_tokens",
-        wraps=False,
-        what="Runs the kernel of post_update_num_computed_tokens in numpy.",
         why="Without Triton pipeline stages before the last cannot count their computed tokens.",
-        upstream=CPU_KERNELS,
-        remove_when=WITHOUT_TRITON,
-        applies_when=kernel_cannot_launch("vllm.v1.worker.gpu.input_batch:_post_update_num_computed_tokens_kernel"),
-        sources=(
-            "vllm.v1.worker.gpu.input_batch:_post_update_num_computed_tokens_kernel",
-            "vllm.v1.worker.gpu.input_batch:post_update_num_computed_tokens",
-        ),
         source_sha256={"0.32.0": "eb756afbbbceb495e381cb4d7751925939f539ce9b378135b12096aa5cb8fb2a"},
     ),
-    Patch(
-        name="expand-idx-mapping",
-        target="vllm.v1.worker.gpu.input_batch:_expand_idx_mapping_kernel",
+    _kernel(
+        "vllm.v1.worker.gpu.input_batch:_expand_idx_mapping_kernel",
+        launcher="expand_idx_mapping",
         function="cpu_runner.input_batch:expand_idx_mapping",
-        wraps=False,
-        what="Runs the kernel of expand_idx_mapping in numpy.",
         why="Without Triton canvas positions cannot be mapped back to their requests.",
-        upstream=CPU_KERNELS,
-        remove_when=WITHOUT_TRITON,
-        applies_when=kernel_cannot_launch("vllm.v1.worker.gpu.input_batch:_expand_idx_mapping_kernel"),
-        sources=(
-            "vllm.v1.worker.gpu.input_batch:_expand_idx_mapping_kernel",
-            "vllm.v1.worker.gpu.input_batch:expand_idx_mapping",
-        ),
         source_sha256={"0.32.0": "f6155e156c610b8962308f4877d010ee6af9dc98b5f9e052750c0ba0312c46ad"},
     ),
     Patch(
@@ -421,68 +374,34 @@ WORKER_PATCHES = (
         ),
         source_sha256={"0.32.0": "6ee72028d2af75ee373079625ffc33a766482c7e61fa484b4645624e89b2fbeb"},
     ),
-    Patch(
-        name="zero-kv-blocks",
-        target="vllm.v1.worker.utils:_zero_kv_blocks_kernel",
+    _kernel(
+        "vllm.v1.worker.utils:_zero_kv_blocks_kernel",
+        launcher="KVBlockZeroer.zero_block_ids",
         function="cpu_runner.kv_zeroing:zero_kv_blocks",
-        wraps=False,
-        what="Runs the kernel of KVBlockZeroer.zero_block_ids in numpy.",
         why="Hybrid models have new blocks zeroed; without Triton the first allocation fails.",
-        upstream=CPU_KERNELS,
-        remove_when=WITHOUT_TRITON,
-        applies_when=kernel_cannot_launch("vllm.v1.worker.utils:_zero_kv_blocks_kernel"),
-        sources=(
-            "vllm.v1.worker.utils:_zero_kv_blocks_kernel",
-            "vllm.v1.worker.utils:KVBlockZeroer",
-        ),
         source_sha256={"0.32.0": "dcef37dfe7494f36f77cdf4ba0b1bc93ca8703026fcf4bb04c0d6ec134317300"},
     ),
-    Patch(
-        name="topk-log-softmax",
-        target="vllm.v1.worker.gpu.sample.logprob:_topk_log_softmax_kernel",
+    _kernel(
+        "vllm.v1.worker.gpu.sample.logprob:_topk_log_softmax_kernel",
+        launcher="compute_token_logprobs",
         function="cpu_runner.logprobs:topk_log_softmax",
-        wraps=False,
-        what="Runs the kernel of compute_token_logprobs in torch.",
         why="Without Triton no log-probability can be computed.",
-        upstream=CPU_KERNELS,
-        remove_when=WITHOUT_TRITON,
-        applies_when=kernel_cannot_launch("vllm.v1.worker.gpu.sample.logprob:_topk_log_softmax_kernel"),
-        sources=(
-            "vllm.v1.worker.gpu.sample.logprob:_topk_log_softmax_kernel",
-            "vllm.v1.worker.gpu.sample.logprob:compute_token_logprobs",
-        ),
+        language="torch",
         source_sha256={"0.32.0": "ce4b7f8356085d2dd66a8032714f053e1c16fd246f3f3e2fbba77eb2869d2fcf"},
     ),
-    Patch(
-        name="ranks",
-        target="vllm.v1.worker.gpu.sample.logprob:_ranks_kernel",
+    _kernel(
+        "vllm.v1.worker.gpu.sample.logprob:_ranks_kernel",
+        launcher="compute_topk_scores",
         function="cpu_runner.logprobs:ranks",
-        wraps=False,
-        what="Runs the kernel of compute_topk_scores in torch.",
         why="Without Triton log-probabilities, which vLLM returns with their tokens' ranks, cannot be returned.",
-        upstream=CPU_KERNELS,
-        remove_when=WITHOUT_TRITON,
-        applies_when=kernel_cannot_launch("vllm.v1.worker.gpu.sample.logprob:_ranks_kernel"),
-        sources=(
-            "vllm.v1.worker.gpu.sample.logprob:_ranks_kernel",
-            "vllm.v1.worker.gpu.sample.logprob:compute_topk_scores",
-        ),
+        language="torch",
         source_sha256={"0.32.0": "4ec52f0eb9fd47c565fc41628c79b2a1f435e1fda25f687d7e50d8a751f5d994"},
     ),
-    Patch(
-        name="prompt-logprobs-token-ids",
-        target="vllm.v1.worker.gpu.sample.prompt_logprob:_prompt_logprobs_token_ids_kernel",
+    _kernel(
+        "vllm.v1.worker.gpu.sample.prompt_logprob:_prompt_logprobs_token_ids_kernel",
+        launcher="get_prompt_logprobs_token_ids",
         function="cpu_runner.logprobs:prompt_logprobs_token_ids",
-        wraps=False,
-        what="Runs the kernel of get_prompt_logprobs_token_ids in numpy.",
         why="Without Triton the prompt's log-probabilities have no tokens to be looked up for.",
-        upstream=CPU_KERNELS,
-        remove_when=WITHOUT_TRITON,
-        applies_when=kernel_cannot_launch("vllm.v1.worker.gpu.sample.prompt_logprob:_prompt_logprobs_token_ids_kernel"),
-        sources=(
-            "vllm.v1.worker.gpu.sample.prompt_logprob:_prompt_logprobs_token_ids_kernel",
-            "vllm.v1.worker.gpu.sample.prompt_logprob:get_prompt_logprobs_token_ids",
-        ),
         source_sha256={"0.32.0": "e685684f70d43f9eb03911bb01d359417e1e60e6866f8420895675fb2cf4c900"},
     ),
     Patch(

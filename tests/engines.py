@@ -97,7 +97,7 @@ def assert_idle(llm: LLM) -> None:
     core(llm).step()  # in which the worker hears of the last ones that ended
     assert scheduler.kv_cache_manager.usage == 0
     assert not scheduler.requests
-    assert not scheduler._rows
+    assert not scheduler._known
     assert not scheduler._held_scores
     assert len(worker.req_states.free_indices) == worker.max_num_reqs
     assert not worker.prompt_logprobs_worker.in_progress_prompt_logprobs

@@ -60,16 +60,16 @@ def llm() -> Iterator[LLM]:
 @pytest.fixture
 def filled(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Filled:
     """What each step returned of each request: whether the context tower filled it, and how many tokens."""
-    rows, made = core(llm).scheduler._rows, defaultdict(list)
-    count = rows.count
+    known, made = core(llm).scheduler._known, defaultdict(list)
+    count = known.count
 
     def record(of_rows, *args):
         for name, (_, num_tokens) in of_rows.items():
-            if num_tokens and rows[name].options.mode == "auto":
-                made[name.split("-")[0]].append((rows[name].is_ar, num_tokens))
+            if num_tokens and known[name].options.mode == "auto":
+                made[name.split("-")[0]].append((known[name].is_ar, num_tokens))
         count(of_rows, *args)
 
-    monkeypatch.setattr(rows, "count", record)
+    monkeypatch.setattr(known, "count", record)
     return made
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from serving import Server, running_server, token_request
 
-from vllm_twotower.engine.rows import NOT_FINITE
+from vllm_twotower.engine.running_requests import NOT_FINITE
 from vllm_twotower.reference import TwoTowerModel, generate_ar, generate_mask_diffusion
 
 PROMPT = list(range(20, 60))

@@ -26,7 +26,7 @@ class Engine:
         self.control, self.seconds, self.step, self.now = ModeControl(WIDTH), seconds, 0, 0.0
         monkeypatch.setattr(mode_control.time, "perf_counter", lambda: self.now)
 
-    def run(self, steps: int, num_open: int = 8, passes: int = 4) -> list[BlockMode]:
+    def run(self, steps: int, num_open: int = 8, passes: int = 4, reads_prompts: bool = False) -> list[BlockMode]:
         """The modes chosen; a block takes so many steps of the denoiser, or one of the context tower."""
         modes = []
         for _ in range(steps):
@@ -35,10 +35,11 @@ class Engine:
             self.control.step_starts()
             if mode == "ar":
                 self.now += self.seconds[mode]
-                self.control.step_ends(num_open, 0, num_open * WIDTH)
+                self.control.step_ends(num_open, 0, num_open * WIDTH, reads_prompts)
             else:
                 self.now += self.seconds[mode] / passes
-                self.control.step_ends(0, num_open, 0 if self.step % passes else num_open * WIDTH)
+                tokens = 0 if self.step % passes else num_open * WIDTH
+                self.control.step_ends(0, num_open, tokens, reads_prompts)
             modes.append(mode)
         return modes
 
@@ -55,6 +56,22 @@ def test_the_faster_mode_is_found(monkeypatch: pytest.MonkeyPatch, faster: Block
     assert set(engine.run(8 * BLOCKS_BETWEEN_TRIES)) == {faster}
     assert engine.control.take_changes() <= 2
     assert engine.control.take_changes() == 0
+
+
+def test_steps_that_all_read_prompts_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do where many short texts are asked for."""
+    engine = Engine(monkeypatch, {"ar": 0.1, "mask_diffusion": 0.3})
+    assert engine.run(10 * BLOCKS_TO_TRY, reads_prompts=True)[-1] == "ar"
+
+
+def test_steps_without_prompts_count_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt is of no mode's making."""
+    engine = Engine(monkeypatch, {"ar": 0.1, "mask_diffusion": 0.12})
+    engine.run(10 * BLOCKS_TO_TRY)
+    engine.seconds["ar"] = 1.0
+    engine.run(4, reads_prompts=True)
+    engine.seconds["ar"] = 0.1
+    assert set(engine.run(MIN_DWELL)) == {"ar"}
 
 
 def test_each_load_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,7 @@ def test_prompt_scores_go_with_their_request(made: TwoTowerScheduler) -> None:
     assert not step(made, {}, {"b": SCORES}, {"b": torch.ones(1)}, abort_meanwhile="b")
     assert not made._held_scores
     step(made, {})
-    assert not made._rows
+    assert not made._known
 
 
 def test_prompt_scores_survive_a_preemption(made: TwoTowerScheduler) -> None:

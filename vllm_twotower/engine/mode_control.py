@@ -2,12 +2,14 @@
 
 Seconds and tokens of the engine's own steps are added up for either mode, apart for 1, 2, 3 to 4, 5 to 8, ... blocks in
 a step. Where a mode has hardly been measured it is tried, and the slower one again from time to time.
+
+Steps that read no prompt are the better measure. Where there are too few of them, all steps count: a prompt takes as
+long in either mode, and those of many short texts come so steadily that they even out.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +25,7 @@ MARGIN = 0.04
 MIN_DWELL = 16
 """and not before so many decisions, at most one a step: while it changes, steps run both towers."""
 BLOCKS_TO_TRY = 8
-"""Blocks of every row that a mode is measured for before it is compared."""
+"""Blocks of a single row that a mode is measured for before it is compared; one less each time that rows double."""
 FORGET = 0.02
 """Share of their weight that older steps lose with each block of a row."""
 BLOCKS_BETWEEN_TRIES = 256
@@ -46,9 +48,9 @@ class _Measured:
     """Seconds and tokens of a mode's steps with about as many rows; ``blocks`` of each row were filled since then in
     the other mode, and ``blocks_left`` are to be measured before the two are compared."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks_to_try: float) -> None:
         self.seconds = self.tokens = self.blocks = 0.0
-        self.blocks_left = float(BLOCKS_TO_TRY)
+        self.blocks_left = self._blocks_to_try = blocks_to_try
 
     def add(self, seconds: float, tokens: int, blocks: float) -> None:
         keep = (1 - FORGET) ** blocks
@@ -58,11 +60,19 @@ class _Measured:
     def try_again(self) -> None:
         """Asks for new steps, beside which the old ones weigh little."""
         self.seconds, self.tokens = 0.1 * self.seconds, 0.1 * self.tokens
-        self.blocks, self.blocks_left = 0.0, float(BLOCKS_TO_TRY)
+        self.blocks, self.blocks_left = 0.0, self._blocks_to_try
 
     @property
     def seconds_per_token(self) -> float:
         return self.seconds / self.tokens if self.tokens else 0.0
+
+
+class _ByLoad(dict[tuple[int, BlockMode], _Measured]):
+    """What is measured of a mode, by the bucket of the number of rows."""
+
+    def __missing__(self, key: tuple[int, BlockMode]) -> _Measured:
+        self[key] = measured = _Measured(max(2.0, BLOCKS_TO_TRY - key[0]))
+        return measured
 
 
 class ModeControl:
@@ -70,8 +80,8 @@ class ModeControl:
 
     def __init__(self, canvas_length: int):
         self._canvas_length = canvas_length
-        self._measured: dict[tuple[int, BlockMode], _Measured] = defaultdict(_Measured)
-        self._started = time.perf_counter()  # made within a step
+        self._without_prompts, self._of_all_steps = _ByLoad(), _ByLoad()
+        self._started = time.perf_counter()
         self._mode: BlockMode = "mask_diffusion"
         self._since_change = MIN_DWELL
         self._decision: ModeDecision | None = None
@@ -82,10 +92,10 @@ class ModeControl:
         """Starts the clock."""
         self._started = time.perf_counter()
 
-    def step_ends(self, num_ar: int, num_denoised: int, num_tokens: int) -> None:
+    def step_ends(self, num_ar: int, num_denoised: int, num_tokens: int, reads_prompts: bool = False) -> None:
         """Takes the seconds of a step in which so many blocks were filled by either tower, and the tokens that came.
 
-        Steps of both towers tell nothing of either; the caller leaves out steps that read prompts.
+        Steps of both towers tell nothing of either.
         """
         seconds = time.perf_counter() - self._started
         if bool(num_ar) == bool(num_denoised):
@@ -94,9 +104,9 @@ class ModeControl:
         bucket = _bucket(rows)
         # A step without tokens was worth its share of a block.
         blocks = max(num_tokens / (rows * self._canvas_length), 1 / self._canvas_length)
-        self._measured[bucket, mode].add(seconds, num_tokens, blocks)
-        other = self._measured[bucket, "ar" if mode == "mask_diffusion" else "mask_diffusion"]
-        other.blocks += blocks
+        for measured in (self._of_all_steps,) if reads_prompts else (self._of_all_steps, self._without_prompts):
+            measured[bucket, mode].add(seconds, num_tokens, blocks)
+            measured[bucket, "ar" if mode == "mask_diffusion" else "mask_diffusion"].blocks += blocks
 
     def choose(self, step: int, num_open: int) -> ModeDecision:
         """Decides for the blocks that start after engine step ``step``; once for all of them.
@@ -107,7 +117,7 @@ class ModeControl:
             return self._decision
         self._decided_in, before = step, self._mode
         self._since_change += 1
-        ar, diffusion = (self._measured[_bucket(num_open), mode] for mode in ("ar", "mask_diffusion"))
+        ar, diffusion = self._measured(_bucket(num_open))
         self._mode, reason = self._best(ar, diffusion)
         if self._mode != before:
             self._num_changes += 1
@@ -117,6 +127,14 @@ class ModeControl:
         seconds = ar.seconds_per_token * tokens, diffusion.seconds_per_token * tokens
         self._decision = ModeDecision(self._mode, reason, *seconds)
         return self._decision
+
+    def _measured(self, bucket: int) -> tuple[_Measured, _Measured]:
+        """What is known of both modes: without prompts if there were enough such steps, else with them."""
+        known = [
+            (of_steps[bucket, "ar"], of_steps[bucket, "mask_diffusion"])
+            for of_steps in (self._without_prompts, self._of_all_steps)
+        ]
+        return next((pair for pair in known if all(one.blocks_left <= 0 for one in pair)), known[-1])
 
     def _best(self, ar: _Measured, diffusion: _Measured) -> tuple[BlockMode, str]:
         """The mode, and why."""

@@ -19,7 +19,7 @@ from .metrics import RequestDenoisingMetrics, StepCosts
 from .mode_control import ModeControl
 from .prefix_cache import FoundPages, check_page_size
 from .processes import end_engine_with_its_parent
-from .rows import OpenRows, Row, answer_failed, reports
+from .running_requests import RunningRequest, RunningRequests, answer_failed, reports
 
 _FAILED = RequestStatus.FINISHED_ERROR
 
@@ -36,12 +36,12 @@ class TwoTowerScheduler(DiffusionScheduler):
         # Room for the first block, which is filled in the prompt's last step, and for what the context tower fills.
         self.num_lookahead_tokens = options.canvas_length
         self._step_budget = self.max_num_scheduled_tokens
-        self._rows = OpenRows(options)
+        self._known = RunningRequests(options)
         self._mode_control = ModeControl(options.canvas_length)
         self._costs = StepCosts()
         self._held_scores = HeldPromptScores()
         check_page_size(self.kv_cache_config, options.canvas_length)
-        self._found_pages = FoundPages(self.kv_cache_manager, self._rows.unread)
+        self._found_pages = FoundPages(self.kv_cache_manager, self._known.unread)
 
     def add_request(self, request: Request) -> None:
         """Admits a request; vLLM's per-request metrics, where it made some, give way to ours."""
@@ -66,46 +66,45 @@ class TwoTowerScheduler(DiffusionScheduler):
             self.max_num_scheduled_tokens = min(self._step_budget, decodes + beside)
         output = super().schedule(*args, **kwargs)
         for req_id in output.finished_req_ids:
-            self._rows.pop(req_id, None)
+            self._known.pop(req_id, None)
         for new in output.scheduled_new_reqs:  # after a preemption again
-            row = self._rows.start(new)
-            if row.options.mode == "auto":
-                self._choose(row)
-                new.sampling_params = row.first_params(new.sampling_params)
+            known = self._known.start(new)
+            if known.options.mode == "auto":
+                self._choose(known)
+                new.sampling_params = known.first_params(new.sampling_params)
         return output
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        """What the next step schedules of each request beyond the tokens it has, see :meth:`Row.drafts`."""
-        self._rows.put_drafts(draft_token_ids)
+        """What the next step schedules of each request beyond the tokens it has, see :meth:`RunningRequest.drafts`."""
+        self._known.put_drafts(draft_token_ids)
         super().update_draft_token_ids(draft_token_ids)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """vLLM's update, after the step is counted and prompt scores are kept for the first output."""
-        of_rows = reports(model_runner_output)
+        returned = reports(model_runner_output)
         cached = scheduler_output.scheduled_cached_reqs
         starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         starts |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
-        reading = self._rows.read_prompts(starts)
+        reading = self._known.read_prompts(starts)
         # Also for requests aborted while the step ran: the worker has run their rows.
-        self._rows.count(of_rows, self._costs, self.requests, self.spec_decode_metrics_level == "detailed")
-        num_sampled = {req_id: sampled for req_id, (_, sampled) in of_rows.items()}
-        if not reading:
-            num_ar = sum(self._rows[req_id].is_ar for req_id in of_rows)
-            self._mode_control.step_ends(num_ar, len(of_rows) - num_ar, sum(num_sampled.values()))
+        self._known.count(returned, self._costs, self.requests, self.spec_decode_metrics_level == "detailed")
+        num_sampled = {req_id: sampled for req_id, (_, sampled) in returned.items()}
+        num_ar = sum(self._known[req_id].is_ar for req_id in returned)
+        self._mode_control.step_ends(num_ar, len(returned) - num_ar, sum(num_sampled.values()), bool(reading))
         self._held_scores.exchange(model_runner_output, num_sampled, self._is_waiting)
         for req_id, sampled in num_sampled.items():
-            row, request = self._rows[req_id], self.requests.get(req_id)
+            known, request = self._known[req_id], self.requests.get(req_id)
             if request is None or not sampled:
                 continue
-            if req_id in reading and not row.has_grammar:
+            if req_id in reading and not known.has_grammar:
                 # What the prompt's last step returns lies in pages beyond those it had scheduled.
                 request.num_computed_tokens += sampled
-            if row.options.mode == "auto":
-                self._choose(row)
+            if known.options.mode == "auto":
+                self._choose(known)
         failed = self.finish_requests(
-            [req_id for req_id, (report, _) in of_rows.items() if not report.is_finite], _FAILED
+            [req_id for req_id, (report, _) in returned.items() if not report.is_finite], _FAILED
         )
         self._costs.not_finite += len(failed)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -123,10 +122,10 @@ class TwoTowerScheduler(DiffusionScheduler):
             self._found_pages.cache(request)
         super()._free_request_blocks(request)
 
-    def _choose(self, row: Row) -> None:
+    def _choose(self, known: RunningRequest) -> None:
         """Sets how an ``auto`` request goes on, and counts it."""
         decision = self._mode_control.choose(self.current_step, len(self.running))
-        row.is_ar = decision.mode == "ar"
+        known.is_ar = decision.mode == "ar"
         self._costs.add_choice(decision, self._mode_control.take_changes())
 
     def _is_waiting(self, req_id: str) -> bool:

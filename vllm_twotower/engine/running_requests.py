@@ -25,12 +25,12 @@ NOT_FINITE = "the model's logits are not finite (NaN or infinite)"
 
 
 @dataclass
-class Row:
-    """A request that the worker has a row for.
+class RunningRequest:
+    """A request that the worker knows.
 
     The first ``prefill_len`` tokens are read as a prompt, after a preemption also those generated before. The block
-    that is being filled had ``num_passes`` denoiser passes. The context tower fills the blocks if the row ``is_ar``, by
-    its request's mode or, in mode ``auto``, by choice. Of the tokens that vLLM counts as computed the context tower has
+    that is being filled had ``num_passes`` denoiser passes. The context tower fills the blocks if it ``is_ar``, by
+    its mode or, in mode ``auto``, by choice. Of the tokens that vLLM counts as computed the context tower has
     yet to read the last ``unread``.
     """
 
@@ -42,8 +42,8 @@ class Row:
     unread: int = 0
 
     @classmethod
-    def of(cls, new: NewRequestData, engine: EngineOptions) -> Row:
-        """The row of a request that the worker is told of for the first time, or again."""
+    def of(cls, new: NewRequestData, engine: EngineOptions) -> RunningRequest:
+        """A request that the worker is told of for the first time, or again."""
         params = new.sampling_params
         options = RequestOptions.of(params, engine)
         return cls(options, params.structured_outputs is not None, len(new.prefill_token_ids), options.mode == "ar")
@@ -86,42 +86,42 @@ class Row:
                 metrics.finish_block(num_sampled)
 
 
-class OpenRows(dict[str, Row]):
-    """The rows of all running requests, by request id."""
+class RunningRequests(dict[str, RunningRequest]):
+    """Those that the worker knows, by id."""
 
     def __init__(self, engine: EngineOptions):
         super().__init__()
         self._engine = engine
 
-    def start(self, new: NewRequestData) -> Row:
-        """Adds the row of a request that the worker is told of, for the first time or after a preemption."""
-        self[new.req_id] = row = Row.of(new, self._engine)
-        return row
+    def start(self, new: NewRequestData) -> RunningRequest:
+        """Adds a request that the worker is told of, for the first time or after a preemption."""
+        self[new.req_id] = request = RunningRequest.of(new, self._engine)
+        return request
 
     def put_drafts(self, drafts: DraftTokenIds) -> None:
         """Puts what the next step schedules of each request in the place of the placeholders."""
         for i, req_id in enumerate(drafts.req_ids):
-            if (row := self.get(req_id)) is not None:
-                drafts.draft_token_ids[i] = row.drafts(drafts.draft_token_ids[i])
+            if (known := self.get(req_id)) is not None:
+                drafts.draft_token_ids[i] = known.drafts(drafts.draft_token_ids[i])
 
     def count(
         self,
-        of_rows: Mapping[str, tuple[Report, int]],
+        returned: Mapping[str, tuple[Report, int]],
         costs: StepCosts,
         requests: Mapping[str, Request],
         detailed: bool,
     ) -> None:
         """Adds what the rows of a step cost, see :func:`reports`; of requests that ended while it ran, to it alone."""
-        for req_id, (report, num_sampled) in of_rows.items():
+        for req_id, (report, num_sampled) in returned.items():
             request = requests.get(req_id)
             metrics = None if request is None else request.spec_decode_metrics
             self[req_id].count(report, num_sampled, costs, metrics, detailed)
 
     def unread(self, request: Request) -> int:
         """How many of the tokens that vLLM counts as computed the context tower reads in a later step."""
-        row = self.get(request.request_id)
-        is_new = request.num_computed_tokens == 0 or row is None  # or preempted
-        return 0 if is_new else row.unread
+        known = self.get(request.request_id)
+        is_new = request.num_computed_tokens == 0 or known is None  # or preempted
+        return 0 if is_new else known.unread
 
     def read_prompts(self, starts: Mapping[str, int]) -> set[str]:
         """Of a step's requests, with their tokens before it, those of whose prompts it read a part."""
