@@ -189,8 +189,8 @@ def draw_requests(rng: random.Random) -> list[list[tuple[list[int], SamplingPara
 
     batches = []
     for size in (7, 4, 2, 1):
-        batches.append([draw_one(50, diffusion_max_steps=1) for _ in range(size)])
-        batches.append([draw_one(8, diffusion_mode="ar") for _ in range(size)])
+        batches.append([draw_one(40, diffusion_max_steps=1) for _ in range(size)])
+        batches.append([draw_one(6, diffusion_mode="ar") for _ in range(size)])
     mixed = [draw_one(rng.randint(1, 40), diffusion_mode="ar") for _ in range(4)]
     for _ in range(8):
         threshold, length = rng.choice((0.02, 0.1, 0.8)), rng.choice((WIDTH, rng.randint(1, WIDTH)))
