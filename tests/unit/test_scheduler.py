@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import golden_data
+import numpy as np
 import prometheus_client
 import pytest
 import torch
@@ -114,6 +115,18 @@ def add(
     made.add_request(request)
 
 
+def packed(report: Report) -> int:
+    """The number in which the worker sends it."""
+    rows = SimpleNamespace(
+        context_passes=np.array([report.context_passes]),
+        denoiser_passes=np.array([report.denoiser_passes]),
+        is_ar=np.array([False]),
+        room=np.array([report.width]),
+        computed_unread=np.array([report.unread]),
+    )
+    return int(Report.pack(rows, torch.tensor([report.is_finite])))
+
+
 def step(
     made: TwoTowerScheduler,
     sampled: dict[str, int],
@@ -135,7 +148,7 @@ def step(
             sampled_token_ids=[[9] * sampled.get(name, 0) for name in names],
             prompt_logprobs_dict=dict(scores or {}),
             prompt_token_id_logprobs_dict=dict(token_scores or {}),
-            num_nans_in_logits={name: report.packed for name, report in (reports or {}).items()},
+            num_nans_in_logits={name: packed(report) for name, report in (reports or {}).items()},
         ),
     )
     made.update_draft_token_ids(DraftTokenIds(names, [[3] * WIDTH for _ in names]))

@@ -194,4 +194,3 @@ def test_reports_arrive() -> None:
     packed = Report.pack(rows, torch.tensor([True, False])).tolist()
     reports = [Report(1, 1, WIDTH, 0), Report(1, 0, 1, 0, is_finite=False)]
     assert [Report.unpack(number) for number in packed] == reports
-    assert [report.packed for report in reports] == packed

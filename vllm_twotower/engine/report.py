@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,15 +34,11 @@ class Report:
     def pack(rows: StepRows, is_finite: Tensor) -> Tensor:
         """(R,) int64, bitwise complements, which are negative, where not ``is_finite`` (R,)."""
         width = np.where(rows.is_ar, 1, rows.room)
-        packed = _in_one(rows.context_passes, rows.denoiser_passes, width, rows.computed_unread)
+        packed = np.zeros_like(width)
+        for count in (rows.context_passes, rows.denoiser_passes, width, rows.computed_unread):
+            packed = packed << _BITS | count
         packed = async_tensor_h2d(packed, device=is_finite.device, dtype=torch.int64)
         return torch.where(is_finite, packed, ~packed)
-
-    @property
-    def packed(self) -> int:
-        """The same number for this one."""
-        number = _in_one(self.context_passes, self.denoiser_passes, self.width, self.unread)
-        return number if self.is_finite else ~number
 
     @classmethod
     def unpack(cls, number: int) -> Report:
@@ -51,11 +46,3 @@ class Report:
         is_finite, number = number >= 0, max(number, ~number)
         counts = [number >> _BITS * place & _MASK for place in (3, 2, 1, 0)]
         return cls(*counts, is_finite)
-
-
-def _in_one(*counts: Any) -> Any:
-    """Counts in one number, the first one in the highest bits; arrays (R,) element by element."""
-    number = 0
-    for count in counts:
-        number = number << _BITS | count
-    return number
