@@ -36,7 +36,8 @@ class NotReplayable(AssertionError):
     """A pass does what no graph can hold."""
 
 
-def _tensors(*values: Any) -> list[Tensor]:
+def tensors_in(*values: Any) -> list[Tensor]:
+    """All tensors in nested containers."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
@@ -60,7 +61,7 @@ class Recording:
     def replay(self) -> Any:
         """Makes the calls again; returns ``result``, whose tensors hold what has come of it."""
         for function, args, options, outputs in self._calls:
-            made = _tensors(function(*args, **options))
+            made = tensors_in(function(*args, **options))
             for output, new in zip(outputs, made, strict=True):
                 if output is not new:
                     output.copy_(new)
@@ -82,12 +83,12 @@ class _Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name, taken = function._schema.name, _tensors(args, kwargs)
+        name, taken = function._schema.name, tensors_in(args, kwargs)
         if name == "aten::lift_fresh":  # of a host array; no call may take it
             return function(*args, **kwargs)
         self._check(function, name, args, kwargs, taken)
         result = function(*args, **kwargs)
-        made = _tensors(result)
+        made = tensors_in(result)
         self._recording._kept += taken + made  # so that no other tensor gets their memory
         if function._schema.is_mutable:
             self._recording._calls.append((function, args, kwargs, []) if not made else (function, args, kwargs, made))
@@ -98,7 +99,7 @@ class _Calls(TorchDispatchMode):
 
     def _check(self, function: Any, name: str, args: tuple, kwargs: dict, taken: list[Tensor]) -> None:
         if name in ("aten::index", "aten::index_put", "aten::index_put_"):
-            if any(index.dtype == torch.bool for index in _tensors(args[1])):
+            if any(index.dtype == torch.bool for index in tensors_in(args[1])):
                 raise NotReplayable(f"the number of elements depends on values: {name} by a mask")
         elif "output_size" not in kwargs and _DEPENDS_ON_VALUES & set(function.tags):
             raise NotReplayable(f"the result's shape depends on values: {name}")

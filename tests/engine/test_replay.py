@@ -20,9 +20,8 @@ import torch
 from engines import generate, runner, running_engine, tokens_of
 from golden_data import GOLDEN
 from random_requests import draw_prompt
-from replay import Recording
+from replay import Recording, tensors_in
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch_layers import torch_attention, torch_layers
 from vllm import LLM, SamplingParams
 from vllm._custom_ops import CPUDNNLGEMMHandler
@@ -170,10 +169,6 @@ class Replayer:
             return {}
         [(_, predicted)] = self.decision.predict(plan.next_tokens, logits.context, logits.context_head, logits.tile)
         return {"hidden": logits.context, "tokens": predicted.tokens, "is_finite": predicted.is_finite}
-
-
-def tensors_in(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def draw_requests(rng: random.Random) -> list[list[tuple[list[int], SamplingParams]]]:

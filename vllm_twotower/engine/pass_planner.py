@@ -28,7 +28,7 @@ from .tower_rows import DeviceRows, TowerRows
 @dataclass
 class Step:
     """A step's rows; of vLLM's batch, by its rows (R,), where their tokens begin and how long their prompts are; the
-    attention groups; and the pass planned last."""
+    attention groups, and those of either tower by KV cache group; and the pass planned last."""
 
     rows: StepRows
     query_start: np.ndarray
@@ -36,12 +36,14 @@ class Step:
     attn_groups: list[list[AttentionGroup]]
     plan: PassPlan | None = None
 
-    def groups_of(self, is_denoiser: bool) -> list[list[AttentionGroup]]:
-        """The attention groups of one tower, by KV cache group."""
-        return [
-            [group for group in groups if (DENOISER_PREFIX in group.layer_names[0]) == is_denoiser]
-            for groups in self.attn_groups
-        ]
+    def __post_init__(self) -> None:
+        self.context_groups, self.denoiser_groups = (
+            [
+                [group for group in groups if (DENOISER_PREFIX in group.layer_names[0]) == is_denoiser]
+                for groups in self.attn_groups
+            ]
+            for is_denoiser in (False, True)
+        )
 
 
 class PassPlanner:
@@ -96,7 +98,7 @@ class PassPlanner:
                 plan.canvas = replace(before.canvas, input_ids=tokens, time=times)
             else:
                 tables = denoiser.block_tables(self._block_tables)
-                attention = self._attention(denoiser, tables, step.groups_of(is_denoiser=True), is_causal=False)
+                attention = self._attention(denoiser, tables, step.denoiser_groups, is_causal=False)
                 rows = CanvasRows(len(denoiser), denoiser.width, self._state_indices(denoiser, tables))
                 plan.canvas = CanvasInputs(attention, tokens, rows, times)
         return plan
@@ -121,7 +123,7 @@ class PassPlanner:
 
     def _context_attention(self, step: Step, rows: DeviceRows) -> AttentionInputs:
         """What the context tower's layers need; for Mamba layers as in the pass before if that was the same to them."""
-        groups, kept = step.groups_of(is_denoiser=False), {}
+        groups, kept = step.context_groups, {}
         before = None if step.plan is None else step.plan.context
         if before is not None and self._continues(before.rows, rows):
             groups = [[] if group_id in self._mamba_groups else groups[group_id] for group_id in range(len(groups))]
