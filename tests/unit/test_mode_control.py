@@ -83,6 +83,16 @@ def test_each_load_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.run(4 * MIN_DWELL, num_open=1)[-1] == "mask_diffusion"
 
 
+def test_nothing_is_tried_under_a_load_that_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when two requests of a closed loop end at once, or all of them one after the other."""
+    engine = Engine(monkeypatch, {"ar": 0.1, "mask_diffusion": 0.01})
+    engine.run(10 * BLOCKS_TO_TRY, num_open=8)
+    for _ in range(20):
+        for num_open in (8, 8, 8, 4, 2, 1):
+            assert set(engine.run(4, num_open)) == {"mask_diffusion"}
+    assert engine.control.take_changes() <= 2
+
+
 @pytest.mark.parametrize("slower", ["ar", "mask_diffusion"])
 def test_a_change_of_the_machine_is_followed(monkeypatch: pytest.MonkeyPatch, slower: BlockMode) -> None:
     """In the mode that is used at once, in the other one when it is tried again, which it is rarely."""

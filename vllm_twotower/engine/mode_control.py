@@ -1,7 +1,8 @@
 """How ``diffusion_mode: auto`` chooses, block by block, which tower fills it: the one that was measured to be faster.
 
 Seconds and tokens of the engine's own steps are added up for either mode, apart for 1, 2, 3 to 4, 5 to 8, ... blocks in
-a step. Where a mode has hardly been measured it is tried, and the slower one again from time to time.
+a step. Where a mode has hardly been measured it is tried, and the slower one again from time to time; but nothing is
+tried under a load that has only just come about, for most such loads are gone within a step or two.
 
 Steps that read no prompt are the better measure. Where there are too few of them, all steps count: a prompt takes as
 long in either mode, and those of many short texts come so steadily that they even out.
@@ -26,6 +27,8 @@ MIN_DWELL = 16
 """and not before so many decisions, at most one a step: while it changes, steps run both towers."""
 BLOCKS_TO_TRY = 8
 """Blocks of a single row that a mode is measured for before it is compared; one less each time that rows double."""
+BLOCKS_TO_SETTLE = 2.0
+"""Blocks of every row that a load must have lasted before modes are tried under it."""
 FORGET = 0.02
 """Share of their weight that older steps lose with each block of a row."""
 BLOCKS_BETWEEN_TRIES = 256
@@ -83,6 +86,7 @@ class ModeControl:
         self._without_prompts, self._of_all_steps = _ByLoad(), _ByLoad()
         self._started = time.perf_counter()
         self._mode: BlockMode = "mask_diffusion"
+        self._load, self._blocks_of_load = -1, 0.0
         self._since_change = MIN_DWELL
         self._decision: ModeDecision | None = None
         self._decided_in = -1
@@ -104,6 +108,7 @@ class ModeControl:
         bucket = _bucket(rows)
         # A step without tokens was worth its share of a block.
         blocks = max(num_tokens / (rows * self._canvas_length), 1 / self._canvas_length)
+        self._blocks_of_load += blocks
         for measured in (self._of_all_steps,) if reads_prompts else (self._of_all_steps, self._without_prompts):
             measured[bucket, mode].add(seconds, num_tokens, blocks)
             measured[bucket, "ar" if mode == "mask_diffusion" else "mask_diffusion"].blocks += blocks
@@ -117,7 +122,8 @@ class ModeControl:
             return self._decision
         self._decided_in, before = step, self._mode
         self._since_change += 1
-        ar, diffusion = self._measured(_bucket(num_open))
+        self._note_load(_bucket(num_open))
+        ar, diffusion = self._measured(self._load)
         self._mode, reason = self._best(ar, diffusion)
         if self._mode != before:
             self._num_changes += 1
@@ -127,6 +133,13 @@ class ModeControl:
         seconds = ar.seconds_per_token * tokens, diffusion.seconds_per_token * tokens
         self._decision = ModeDecision(self._mode, reason, *seconds)
         return self._decision
+
+    def _note_load(self, bucket: int) -> None:
+        """Notes the load; one that is several times another may change the mode at once."""
+        if bucket != self._load:
+            if abs(bucket - self._load) > 1:
+                self._since_change = MIN_DWELL
+            self._load, self._blocks_of_load = bucket, 0.0
 
     def _measured(self, bucket: int) -> tuple[_Measured, _Measured]:
         """What is known of both modes: without prompts if there were enough such steps, else with them."""
@@ -140,6 +153,8 @@ class ModeControl:
         """The mode, and why."""
         by_mode = {"mask_diffusion": diffusion, "ar": ar}
         for mode, measured in by_mode.items():
+            if measured.blocks_left > 0 and self._blocks_of_load < BLOCKS_TO_SETTLE:
+                return self._mode, "the load has just changed"
             if measured.blocks_left > 0:
                 return mode, f"{mode} is tried"
         faster, slower = sorted(BLOCK_MODES, key=lambda mode: by_mode[mode].seconds_per_token)
