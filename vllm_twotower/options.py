@@ -24,7 +24,7 @@ ATTENTION_REASON = (
     f"{', '.join(ATTENTION_BACKENDS)}"
 )
 ADDITIONAL_CONFIG_KEY = "twotower"
-MODES = ("mask_diffusion", "ar", "auto")
+MODES = ("mask_diffusion", "verified", "ar", "auto")
 AUTO_PASSES_PER_STEP = 8
 """The most denoiser passes of a step with ``denoise_steps_per_engine_step: auto``: new requests wait for them."""
 MAX_STEPS = 1024
@@ -32,7 +32,7 @@ MAX_STEPS = 1024
 FIRST_MODE = "twotower_first_mode"
 """The key in a request's ``extra_args`` by which the scheduler tells the worker how an ``auto`` request starts."""
 
-Mode = Literal["mask_diffusion", "ar", "auto"]
+Mode = Literal["mask_diffusion", "verified", "ar", "auto"]
 
 # What became of options of earlier versions.
 _NO_COMMIT = (
@@ -126,9 +126,11 @@ class EngineOptions:
     ``canvas_length`` (S) tokens are denoised at once; a request may ask for fewer. ``max_denoising_steps`` is the
     default of ``diffusion_max_steps``, the passes a block may take, not a bound.
     ``mode`` is the default of ``diffusion_mode``; with ``auto`` the engine chooses between ``ar`` and
-    ``mask_diffusion`` block by block. ``denoise_steps_per_engine_step`` bounds the passes of one engine step;
-    ``auto`` goes on while no request waits for the step's end. Beside blocks, prompts may take as many tokens of a step
-    as the blocks of all open requests would, and at least ``prompt_tokens_beside_blocks``.
+    ``mask_diffusion`` block by block, or, if it is to be ``lossless``, between ``ar`` and ``verified``. ``draft_steps``
+    is the default of ``diffusion_draft_steps``, the passes that draft a block which is then verified.
+    ``denoise_steps_per_engine_step`` bounds the passes of one engine step; ``auto`` goes on while no request waits for
+    the step's end. Beside blocks, prompts may take as many tokens of a step as the blocks of all open requests would,
+    and at least ``prompt_tokens_beside_blocks``.
     ``request_metrics`` is the level of ``--per-request-spec-decode-metrics``, ``seed`` that of ``--seed``, for requests
     without one of their own. With ``custom_arguments`` a request's ``extra_args`` may hold those of custom logits
     processors.
@@ -141,6 +143,8 @@ class EngineOptions:
         lambda name, value, vocab_size: _integer(name, value, 0, vocab_size - 1), default=DEFAULT_MASK_TOKEN_ID
     )
     mode: Mode = _option(_mode, default="mask_diffusion")
+    lossless: bool = _option(_flag, default=False)
+    draft_steps: int = _option(lambda name, value, _: _integer(name, value, 1, MAX_STEPS), default=1)
     denoise_steps_per_engine_step: int | Literal["auto"] = _option(_steps_or_auto, default="auto")
     prompt_tokens_beside_blocks: int = _option(lambda name, value, _: _integer(name, value, 1, None), default=64)
     request_metrics: str = "none"
@@ -175,14 +179,13 @@ class EngineOptions:
         steps = canvas_length if max_denoising_steps is None else max_denoising_steps
         _integer("diffusion_config.max_denoising_steps", steps, 1, MAX_STEPS)
         options = cls(canvas_length, steps, **defaults)
-        if options.mode == "auto":
-            options.check_auto(f"{where}.mode")
+        options.check_mode(f"{where}.mode", options.mode)
         return options
 
-    def check_auto(self, name: str) -> None:
-        """Raises RequestError for the option ``name``, whose value is ``auto``, where that cannot work."""
-        if self.canvas_length == 1:
-            raise RequestError(name, "auto", "is not supported with a canvas length of 1")
+    def check_mode(self, name: str, mode: Mode) -> None:
+        """Raises RequestError for the option ``name``, whose value is ``mode``, where that cannot work."""
+        if self.canvas_length == 1 and mode in _LONGER_BLOCKS:
+            raise RequestError(name, mode, "is not supported with a canvas length of 1")
 
     @classmethod
     def of(cls, model_config: ModelConfig) -> EngineOptions:
@@ -220,24 +223,36 @@ class RequestOptions:
     confidence_threshold: float = _option(_threshold, of_strategy=True)
     max_steps: int = _option(lambda name, value, _: _integer(name, value, 1, MAX_STEPS))
     canvas_length: int = _option(
-        lambda name, value, engine: _integer(name, value, 1 + (engine.mode == "auto"), engine.canvas_length)
+        lambda name, value, engine: _integer(name, value, 1 + (engine.mode in _LONGER_BLOCKS), engine.canvas_length)
     )
     strategy: str = _option(_strategy, default="confidence_unmasking")
     noise_schedule: str = _option(_noise_schedule, of_strategy=True, default="linear")
     adaptive_unmasking: bool = _option(_flag, of_strategy=True, default=False)
     remasking: str = _option(_remasking, of_strategy=True, default="confidence")
+    lossless: bool = _option(_flag, default=False)
+    draft_steps: int = _option(lambda name, value, _: _integer(name, value, 1, MAX_STEPS), default=1)
 
     @property
     def fills_blocks(self) -> bool:
-        """Whether the denoiser may fill blocks for the request."""
-        return self.mode in ("mask_diffusion", "auto")
+        """Whether the denoiser may fill blocks for the request, which are returned as they are."""
+        return self.mode == "mask_diffusion" or (self.mode == "auto" and not self.lossless)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether the denoiser may draft blocks for the request, of which it gets what mode ``ar`` would give it."""
+        return self.mode == "verified" or (self.mode == "auto" and self.lossless)
+
+    @property
+    def passes_per_block(self) -> int:
+        """The most denoiser passes over a block."""
+        return self.draft_steps if self.verifies else self.max_steps
 
     @classmethod
     def of(cls, params: SamplingParams, engine: EngineOptions) -> RequestOptions:
-        """The options of a request that was admitted; with a grammar ``auto`` means ``ar``."""
+        """The options of a request that was admitted; with a grammar ``auto`` and ``verified`` mean ``ar``."""
         given = {name: value for name, value in (params.extra_args or {}).items() if name != FIRST_MODE}
         options = cls.parse(given, engine)
-        if options.mode == "auto" and params.structured_outputs is not None:
+        if options.mode != "ar" and params.structured_outputs is not None:
             return cls("ar", engine.confidence_threshold, 1, 1)
         return options
 
@@ -245,8 +260,7 @@ class RequestOptions:
     def parse(cls, extra_args: Mapping[str, Any] | None, engine: EngineOptions) -> RequestOptions:
         """Reads ``extra_args``; raises RequestError naming the option, its value, and what is allowed.
 
-        No option is ignored: those of the block sampler are refused for autoregressive requests, and those of one
-        strategy for another.
+        No option is ignored: those of one mode are refused in another, and those of one strategy for another.
         """
         from vllm_twotower.sampling.strategies import strategies
 
@@ -263,22 +277,44 @@ class RequestOptions:
             for name, value in given.items():
                 raise RequestError(name, value, f"has no meaning with diffusion_mode {mode!r}")
             return cls(mode, engine.confidence_threshold, 1, 1)
-        if mode == "auto":
-            engine.check_auto("diffusion_mode")
+        engine.check_mode("diffusion_mode", mode)
         engine = replace(engine, mode=mode)
         chosen = {
             options[name].name: options[name].metadata["check"](name, value, engine) for name, value in given.items()
         }
-        defaults = (engine.mode, engine.confidence_threshold, engine.max_denoising_steps, engine.canvas_length)
-        result = replace(cls(*defaults), **chosen)
+        result = cls(
+            mode,
+            engine.confidence_threshold,
+            engine.max_denoising_steps,
+            engine.canvas_length,
+            lossless=engine.lossless and mode == "auto",
+            draft_steps=engine.draft_steps,
+        )
+        result = replace(result, **chosen)
+        result._check_meaning(given)
         of_strategy = strategies()[result.strategy].options
         for name, value in sorted(given.items()):
             if options[name].metadata["of_strategy"] and options[name].name not in of_strategy:
                 raise RequestError(name, value, f"has no meaning with diffusion_strategy {result.strategy!r}")
         return result
 
+    def _check_meaning(self, given: Mapping[str, Any]) -> None:
+        """Raises RequestError for an option of another mode."""
+        name, mode = "diffusion_lossless", f"diffusion_mode {self.mode!r}"
+        if name in given and self.mode != "auto":
+            raise RequestError(name, given[name], f"has no meaning with {mode}")
+        if self.mode == "auto":
+            mode += f" and {name} {str(self.lossless).lower()}"
+        name, instead = (
+            ("diffusion_max_steps", "; use diffusion_draft_steps") if self.verifies else ("diffusion_draft_steps", "")
+        )
+        if name in given:
+            raise RequestError(name, given[name], f"has no meaning with {mode}{instead}")
+
 
 _PREFIX = "diffusion_"
+_LONGER_BLOCKS = ("auto", "verified")
+"""The modes whose blocks have two tokens and more."""
 
 _NO_GRAMMAR = "a grammar needs its tokens one after another; use diffusion_mode 'ar'"
 _NO_MEANING = "is not supported for this model"

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 from vllm.config import ModelConfig
 from vllm.v1.worker.gpu.sample.sampler import Sampler
@@ -82,7 +81,8 @@ class Decision:
 
     def _tiles(self, targets: Targets, head: OutputHead, tile: int) -> Iterator[tuple[np.ndarray, bool]]:
         """Rows of the targets, and whether they are scored by whole rows of logits."""
-        slots, size = targets.host_slots, max(1, tile // targets.rows.width)
+        slots, together = targets.host_slots, targets.rows_together
+        size = max(1, tile // (targets.rows.width * together)) * together
         whole = np.arange(len(slots))
         if head.is_sharded:
             needs_logits = self._table.needs_logits(slots) | self.processors.applies[slots] | targets.has_grammar
@@ -125,9 +125,7 @@ class Decision:
         row, of_random = targets.row[index], logits[index]
         options = targets.options.rows(row)
         shaped = self._shape(of_random, options, slots[random])
-        step = torch.zeros_like(row) if targets.step is None else targets.step[row]
-        number = uniform(options.seed, targets.starts[row], step, targets.column[index])
-        tokens = draw(shaped, number)
+        tokens = draw(shaped, uniform(options.seed, *targets.counters(row, targets.column[index])))
         predicted.tokens[index] = tokens
         if predicted.confidence is not None:
             predicted.confidence[index] = probability(of_random, tokens)
@@ -166,9 +164,10 @@ class Decision:
 
     def _scored_tokens(self, targets: Targets, logits: Tensor) -> ScoredTokens | None:
         """The tokens of rows that ask for log-probabilities, with their logits as they are now."""
-        if not self._table.logprobs.has_logprobs[targets.host_slots].any():
+        is_scored = self._table.logprobs.has_logprobs[targets.host_slots] & targets.is_returned
+        if not is_scored.any():
             return None
         slots = targets.host_slots[targets.host_row]
-        index = np.flatnonzero(self._table.logprobs.has_logprobs[slots])
+        index = np.flatnonzero(is_scored[targets.host_row])
         of_index = logits[targets.on_device(index)]
         return ScoredTokens(index, slots[index], targets.returned_column[index], of_index)

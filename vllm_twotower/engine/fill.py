@@ -19,7 +19,7 @@ from .logit_rules import RuledRows, RuleTable
 from .pass_plan import PassPlan
 from .request_table import RequestTable
 from .step_rows import StepRows
-from .targets import Canvases, NextTokens
+from .targets import Canvases, DraftedTokens, NextTokens
 
 
 class PassSource(Protocol):
@@ -27,6 +27,9 @@ class PassSource(Protocol):
 
     def run_pass(self) -> tuple[PassPlan, StepLogits]:
         """The next pass of the step that was taken."""
+
+    def commit_drafts(self, plan: PassPlan, counts: np.ndarray) -> None:
+        """Lets the context tower's states go on by so many tokens (n,) of the drafts that the pass has verified."""
 
 
 class StepFill:
@@ -50,6 +53,8 @@ class StepFill:
             if plan.next_tokens is not None:
                 plan.next_tokens.bitmasks = bitmasks
                 self.add_next_tokens(plan.next_tokens, logits)
+            if plan.drafted is not None:
+                self.verify(plan, logits)
             if plan.canvases is not None:
                 self.denoise(plan.canvases, logits)
             if self._rows.is_over_after(count):
@@ -69,6 +74,41 @@ class StepFill:
             ends = np.array([token in self._table.stops[slot] for slot, token in stops])
             self._rows.add_tokens(rows.host.batch_rows, 1, ends)
 
+    def verify(self, plan: PassPlan, logits: StepLogits) -> None:
+        """Adds the tokens of drafts that the context head would have given too, and the one behind them."""
+        predictions = self._decision.predict(plan.drafted, logits.drafts, logits.context_head, logits.tile)
+        for part, predicted in predictions:
+            rows, width = part.rows, part.rows_together
+            tokens = predicted.tokens.view(-1, width)
+            count = len(part) // width
+            batch_rows = rows.host.batch_rows[::width]
+            counts = self._accepted(part, tokens)[:count]
+            on_device = part.on_device(counts)
+            slots, starts = part.slots[::width][:count], part.starts[::width][:count]
+            newest = tokens[:count].gather(1, on_device[:, None] - 1)[:, 0]
+            self._text.gpu[slots, starts + on_device - 1] = newest.to(self._text.gpu.dtype)
+            of_batch = part.on_device(batch_rows)
+            self.tokens[of_batch, :width] = tokens[:count]
+            is_new = torch.arange(width, device=tokens.device) < on_device[:, None]
+            self._decision.record(part, predicted, is_new.flatten())
+            self.is_finite[of_batch] &= (predicted.is_finite.view(-1, width)[:count] | ~is_new).all(1)
+            self._rows.add_verified(batch_rows, counts)
+        self._source.commit_drafts(plan, self._rows.num_new[plan.drafts.rows.host.batch_rows])
+
+    def _accepted(self, part: DraftedTokens, tokens: Tensor) -> np.ndarray:
+        """How many of the ``tokens`` (D, W) behind those of drafts are new: none that comes after the request's end."""
+        width = part.rows_together
+        in_draft = torch.arange(1, width, device=tokens.device) < part.draft_lengths[:, None]
+        is_same = (tokens[:, :-1] == part.drafts[:, 1:]) & in_draft
+        counts = 1 + is_same.cumprod(1).sum(1)
+        numbers = torch.cat((counts[:, None], tokens), 1).tolist()
+        return np.array(
+            [
+                next((i for i in range(1, count) if row[i - 1] in self._table.stops[slot]), count)
+                for (count, *row), slot in zip(numbers, part.host_slots[::width], strict=False)
+            ]
+        )
+
     def denoise(self, canvases: Canvases, logits: StepLogits) -> None:
         """Advances canvases by the pass whose hidden states (T, H) are ``logits.denoiser``."""
         needs = frozenset({"confidence"}).union(*(strategy.needs for strategy, _ in canvases.strategy_rows))
@@ -81,8 +121,18 @@ class StepFill:
             part.store(filled.canvas, filled.step, filled.whole)
             self.tokens[rows.batch_rows[:count], : rows.width] = filled.canvas[:count]
             # The next pass's rows depend on which blocks are whole.
-            whole = rows.host.batch_rows[filled.whole[:count].cpu().numpy()]
-            self._rows.add_tokens(whole, self._rows.room[whole], np.ones(len(whole), dtype=bool))
+            whole = np.flatnonzero(filled.whole[:count].cpu().numpy())
+            drafts = whole[~part.is_returned[whole]]
+            if len(drafts):
+                self._put_drafts(part, filled.canvas, part.on_device(drafts))
+            self._rows.add_canvases(rows.host.batch_rows[whole])
+
+    def _put_drafts(self, part: Canvases, canvas: Tensor, index: Tensor) -> None:
+        """Writes the drafts ``index`` (n,) of the canvases (R, S) behind the text; what is rejected is overwritten."""
+        last = (part.rows.lengths[index] - 1)[:, None]
+        columns = torch.minimum(torch.arange(1, canvas.shape[1], device=canvas.device), last)
+        tokens = canvas[index].gather(1, columns).to(self._text.gpu.dtype)
+        self._text.gpu[part.slots[index, None], part.starts[index, None] + columns] = tokens
 
     def _check(self, part: Canvases | NextTokens, predicted: Prediction) -> None:
         """Notes which rows had logits that are not finite."""

@@ -20,26 +20,39 @@ BLOCKS = "vllm:twotower_num_blocks"
 FORCED_BLOCKS = "vllm:twotower_num_forced_blocks"
 NOT_FINITE = "vllm:twotower_num_requests_not_finite"
 STEPS_PER_BLOCK = "vllm:twotower_denoising_steps_per_block"
+DRAFT_TOKENS = "vllm:twotower_num_draft_tokens"
+ACCEPTED_TOKENS = "vllm:twotower_num_accepted_tokens"
+ACCEPTED_PER_DRAFT = "vllm:twotower_accepted_tokens_per_draft"
 AUTO_AR_CHOICES = "vllm:twotower_num_auto_ar_choices"
 AUTO_DIFFUSION_CHOICES = "vllm:twotower_num_auto_diffusion_choices"
+AUTO_VERIFIED_CHOICES = "vllm:twotower_num_auto_verified_choices"
 AUTO_MODE_CHANGES = "vllm:twotower_num_auto_mode_changes"
 AUTO_AR_SECONDS = "vllm:twotower_auto_predicted_ar_seconds"
 AUTO_DIFFUSION_SECONDS = "vllm:twotower_auto_predicted_diffusion_seconds"
+AUTO_VERIFIED_SECONDS = "vllm:twotower_auto_predicted_verified_seconds"
 
 HELP = {
-    CONTEXT_PASSES: "Number of rows the context tower ran: prompt chunks, finished blocks and autoregressive tokens.",
+    CONTEXT_PASSES: "Number of rows the context tower ran: prompt chunks, blocks, drafts and autoregressive tokens.",
     BLOCKS: "Number of finished blocks.",
     FORCED_BLOCKS: "Number of finished blocks that took all the denoising steps their request allows.",
     NOT_FINITE: "Number of requests that ended with an error because their logits were not finite.",
     STEPS_PER_BLOCK: "Histogram of denoising steps per finished block.",
+    DRAFT_TOKENS: "Number of tokens that the denoiser drafted and the context tower verified.",
+    ACCEPTED_TOKENS: "Number of drafted tokens that were accepted.",
+    ACCEPTED_PER_DRAFT: "Histogram of accepted tokens per verified draft.",
     AUTO_AR_CHOICES: "Number of times that requests with diffusion_mode 'auto' went on token by token.",
     AUTO_DIFFUSION_CHOICES: "Number of times that requests with diffusion_mode 'auto' went on by mask diffusion.",
+    AUTO_VERIFIED_CHOICES: "Number of times that requests with diffusion_mode 'auto' went on by verified drafts.",
     AUTO_MODE_CHANGES: "Number of times that diffusion_mode 'auto' went from one mode to the other.",
     AUTO_AR_SECONDS: "Seconds for a block of every open request token by token, measured before the last choice.",
     AUTO_DIFFUSION_SECONDS: "Seconds for a block of every open request by diffusion, measured before the last choice.",
+    AUTO_VERIFIED_SECONDS: "Seconds for as many tokens by verified drafts, measured before the last choice.",
 }
-GAUGES = (AUTO_AR_SECONDS, AUTO_DIFFUSION_SECONDS)
-STEPS_BUCKETS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64]
+GAUGES = (AUTO_AR_SECONDS, AUTO_DIFFUSION_SECONDS, AUTO_VERIFIED_SECONDS)
+BUCKETS = {
+    STEPS_PER_BLOCK: [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64],
+    ACCEPTED_PER_DRAFT: [0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 15, 31],
+}
 
 
 @dataclass
@@ -48,10 +61,11 @@ class StepCosts:
 
     A pass is one tower's run over one row. ``denoiser_passes`` looked at ``canvas_positions`` positions;
     ``steps_per_block`` has the denoiser passes of each block that was finished, ``forced_blocks`` counts those that
-    took all that their request allows, and ``committed_tokens`` are the tokens of all of them. ``not_finite`` requests
-    ended because their logits were not. ``auto`` requests chose ``auto_ar`` times the one mode and ``auto_diffusion``
-    times the other, and the choice changed ``auto_changes`` times; ``auto_ar_us`` and ``auto_diffusion_us`` are the
-    microseconds that it rests on, 0 without one.
+    took all that their request allows, and ``committed_tokens`` are the tokens of all of them. Of blocks that were
+    verified ``drafted_tokens`` were drafts, and ``accepted_per_draft`` has how many of them were right, for each block.
+    ``not_finite`` requests ended because their logits were not. ``auto`` requests chose ``auto_<mode>`` times a mode,
+    and the choice changed ``auto_changes`` times; ``auto_<mode>_us`` are the microseconds that it rests on, 0 without
+    any.
     """
 
     denoiser_passes: int = 0
@@ -59,47 +73,55 @@ class StepCosts:
     committed_tokens: int = 0
     context_passes: int = 0
     forced_blocks: int = 0
+    drafted_tokens: int = 0
     auto_ar: int = 0
-    auto_diffusion: int = 0
+    auto_mask_diffusion: int = 0
+    auto_verified: int = 0
     auto_changes: int = 0
     auto_ar_us: int = 0
-    auto_diffusion_us: int = 0
+    auto_mask_diffusion_us: int = 0
+    auto_verified_us: int = 0
     not_finite: int = 0
     steps_per_block: list[int] = field(default_factory=list)
+    accepted_per_draft: list[int] = field(default_factory=list)
 
     def add_choice(self, decision: ModeDecision, num_changes: int) -> None:
         """Counts how an ``auto`` request goes on, and changes of the mode before."""
-        self.auto_ar += decision.mode == "ar"
-        self.auto_diffusion += decision.mode != "ar"
+        name = f"auto_{decision.mode}"
+        setattr(self, name, getattr(self, name) + 1)
         self.auto_changes += num_changes
-        self.auto_ar_us = round(decision.ar_seconds * 1e6)
-        self.auto_diffusion_us = round(decision.diffusion_seconds * 1e6)
+        for mode, seconds in decision.seconds.items():
+            setattr(self, f"auto_{mode}_us", round(seconds * 1e6))
 
     def pack(self, num_spec_tokens: int) -> SpecDecodingStats | None:
         """The costs in the form that reaches the front end, ``None`` if there are none.
 
         vLLM decodes its statistics strictly, but leaves the list of accepted tokens by position to diffusion models:
-        here it holds the fields of ``_IN_LIST``, and then the denoiser passes of each finished block.
+        here it holds the fields of ``_IN_LIST``, the number of drafts, their accepted tokens, and then the denoiser
+        passes of each finished block.
         """
         if self == StepCosts():
             return None
+        lists = [len(self.accepted_per_draft), *self.accepted_per_draft, *self.steps_per_block]
         return SpecDecodingStats(
             num_spec_tokens,
             num_drafts=self.denoiser_passes,
             num_draft_tokens=self.canvas_positions,
             num_accepted_tokens=self.committed_tokens,
-            num_accepted_tokens_per_pos=[*(getattr(self, name) for name in _IN_LIST), *self.steps_per_block],
+            num_accepted_tokens_per_pos=[*(getattr(self, name) for name in _IN_LIST), *lists],
         )
 
     @classmethod
     def unpack(cls, stats: SpecDecodingStats) -> StepCosts:
         """The reverse of :meth:`pack`."""
         values = stats.num_accepted_tokens_per_pos
+        num_drafts, *lists = values[len(_IN_LIST) :] or [0]
         return cls(
             denoiser_passes=stats.num_drafts,
             canvas_positions=stats.num_draft_tokens,
             committed_tokens=stats.num_accepted_tokens,
-            steps_per_block=values[len(_IN_LIST) :],
+            accepted_per_draft=lists[:num_drafts],
+            steps_per_block=lists[num_drafts:],
             **dict(zip(_IN_LIST, values, strict=False)),
         )
 
@@ -107,11 +129,14 @@ class StepCosts:
 _IN_LIST = (
     "context_passes",
     "forced_blocks",
+    "drafted_tokens",
     "auto_ar",
-    "auto_diffusion",
+    "auto_mask_diffusion",
+    "auto_verified",
     "auto_changes",
     "auto_ar_us",
-    "auto_diffusion_us",
+    "auto_mask_diffusion_us",
+    "auto_verified_us",
     "not_finite",
 )
 
@@ -120,14 +145,20 @@ class RequestDenoisingMetrics(RequestSpecDecodeMetrics):
     """One request's denoiser passes: ``histogram[n]`` of them committed a block of n tokens, n = 0 none.
 
     A pass over w positions has proposed w tokens, and the pass after which a block was whole has accepted its tokens.
+    Of verified blocks it has the drafts instead, as vLLM has those of speculative decoding.
     """
 
     def observe(self, num_draft_tokens: int, num_accepted: int, detailed: bool = False) -> None:
         """Nothing: vLLM calls this for every scheduled canvas, whether the denoiser ran on it or not."""
 
-    def add_pass(self, num_positions: int, detailed: bool) -> None:
-        """Counts a pass; ``detailed`` also keeps it in the lists of all passes."""
-        super().observe(num_positions, 0, detailed)
+    def add_draft(self, num_draft_tokens: int, num_accepted: int, detailed: bool) -> None:
+        """Counts a draft, of which so many tokens were accepted; ``detailed`` also keeps it in the list of all."""
+        super().observe(num_draft_tokens, num_accepted, detailed)
+
+    def add_passes(self, count: int, num_positions: int, detailed: bool) -> None:
+        """Counts passes over so many positions; ``detailed`` also keeps them in the lists of all."""
+        for _ in range(count):
+            super().observe(num_positions, 0, detailed)
 
     def finish_block(self, num_tokens: int) -> None:
         """Credits the last pass with the block that it made whole."""
@@ -152,8 +183,8 @@ class TwoTowerProm(SpecDecodingProm):
         super().__init__(speculative_config, labelnames, per_engine_labelvalues, is_diffusion)
         self._metrics = {
             name: create_metric_per_engine(
-                self._histogram_cls(name=name, documentation=text, labelnames=labelnames, buckets=STEPS_BUCKETS)
-                if name == STEPS_PER_BLOCK
+                self._histogram_cls(name=name, documentation=text, labelnames=labelnames, buckets=BUCKETS[name])
+                if name in BUCKETS
                 else prometheus_client.Gauge(name, text, labelnames, multiprocess_mode="mostrecent")
                 if name in GAUGES
                 else self._counter_cls(name=name, documentation=text, labelnames=labelnames),
@@ -166,15 +197,24 @@ class TwoTowerProm(SpecDecodingProm):
         """Adds the packed costs of one step of one engine."""
         super().observe(spec_decoding_stats, engine_idx)
         costs = StepCosts.unpack(spec_decoding_stats)
-        self._metrics[CONTEXT_PASSES][engine_idx].inc(costs.context_passes)
-        self._metrics[BLOCKS][engine_idx].inc(len(costs.steps_per_block))
-        self._metrics[FORCED_BLOCKS][engine_idx].inc(costs.forced_blocks)
-        self._metrics[NOT_FINITE][engine_idx].inc(costs.not_finite)
-        self._metrics[AUTO_AR_CHOICES][engine_idx].inc(costs.auto_ar)
-        self._metrics[AUTO_DIFFUSION_CHOICES][engine_idx].inc(costs.auto_diffusion)
-        self._metrics[AUTO_MODE_CHANGES][engine_idx].inc(costs.auto_changes)
-        if costs.auto_ar or costs.auto_diffusion:
+        counts = {
+            CONTEXT_PASSES: costs.context_passes,
+            BLOCKS: len(costs.steps_per_block),
+            FORCED_BLOCKS: costs.forced_blocks,
+            DRAFT_TOKENS: costs.drafted_tokens,
+            ACCEPTED_TOKENS: sum(costs.accepted_per_draft),
+            NOT_FINITE: costs.not_finite,
+            AUTO_AR_CHOICES: costs.auto_ar,
+            AUTO_DIFFUSION_CHOICES: costs.auto_mask_diffusion,
+            AUTO_VERIFIED_CHOICES: costs.auto_verified,
+            AUTO_MODE_CHANGES: costs.auto_changes,
+        }
+        for name, count in counts.items():
+            self._metrics[name][engine_idx].inc(count)
+        if costs.auto_ar or costs.auto_mask_diffusion or costs.auto_verified:
             self._metrics[AUTO_AR_SECONDS][engine_idx].set(costs.auto_ar_us * 1e-6)
-            self._metrics[AUTO_DIFFUSION_SECONDS][engine_idx].set(costs.auto_diffusion_us * 1e-6)
-        for steps in costs.steps_per_block:
-            self._metrics[STEPS_PER_BLOCK][engine_idx].observe(steps)
+            self._metrics[AUTO_DIFFUSION_SECONDS][engine_idx].set(costs.auto_mask_diffusion_us * 1e-6)
+            self._metrics[AUTO_VERIFIED_SECONDS][engine_idx].set(costs.auto_verified_us * 1e-6)
+        for name, values in ((STEPS_PER_BLOCK, costs.steps_per_block), (ACCEPTED_PER_DRAFT, costs.accepted_per_draft)):
+            for value in values:
+                self._metrics[name][engine_idx].observe(value)

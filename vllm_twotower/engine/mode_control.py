@@ -1,8 +1,9 @@
-"""How ``diffusion_mode: auto`` chooses, block by block, which tower fills it: the one that was measured to be faster.
+"""How ``diffusion_mode: auto`` chooses, block by block, how it is filled: in the mode that was measured to be faster.
 
-Seconds and tokens of the engine's own steps are added up for either mode, apart for 1, 2, 3 to 4, 5 to 8, ... blocks in
-a step. Where a mode has hardly been measured it is tried, and the slower one again from time to time; but nothing is
-tried under a load that has only just come about, for most such loads are gone within a step or two.
+Requests choose between ``ar`` and ``mask_diffusion``, or between ``ar`` and ``verified`` if their text is not to depend
+on the choice. Seconds and tokens of the engine's own steps are added up for every mode, apart for 1, 2, 3 to 4, 5 to 8,
+... blocks in a step. Where a mode has hardly been measured it is tried, and the slower one again from time to time; but
+nothing is tried under a load that has only just come about, for most such loads are gone within a step or two.
 
 Steps that read no prompt are the better measure. Where there are too few of them, all steps count: a prompt takes as
 long in either mode, and those of many short texts come so steadily that they even out.
@@ -11,6 +12,7 @@ long in either mode, and those of many short texts come so steadily that they ev
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,8 +20,8 @@ from vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
-BlockMode = Literal["ar", "mask_diffusion"]
-BLOCK_MODES: tuple[BlockMode, ...] = ("mask_diffusion", "ar")
+BlockMode = Literal["ar", "mask_diffusion", "verified"]
+BLOCK_MODES: tuple[BlockMode, ...] = ("ar", "mask_diffusion", "verified")
 
 MARGIN = 0.04
 """The mode changes if the other was faster by more than this share,"""
@@ -39,12 +41,11 @@ HOPELESS = 2.0
 
 @dataclass(frozen=True)
 class ModeDecision:
-    """A mode, why, and the measured seconds for one block of every open request in either mode, 0 if unknown."""
+    """A mode, why, and the measured ``seconds`` for one block of every open request in either mode, 0 if unknown."""
 
     mode: BlockMode
     reason: str
-    ar_seconds: float = 0.0
-    diffusion_seconds: float = 0.0
+    seconds: Mapping[BlockMode, float]
 
 
 class _Measured:
@@ -78,6 +79,16 @@ class _ByLoad(dict[tuple[int, BlockMode], _Measured]):
         return measured
 
 
+@dataclass
+class _Choice:
+    """What was decided last between ``ar`` and another mode, in step ``decided_in``."""
+
+    other: BlockMode
+    decision: ModeDecision
+    decided_in: int = -1
+    since_change: int = MIN_DWELL
+
+
 class ModeControl:
     """The mode that ``auto`` requests go on in when their next block starts."""
 
@@ -85,85 +96,89 @@ class ModeControl:
         self._canvas_length = canvas_length
         self._without_prompts, self._of_all_steps = _ByLoad(), _ByLoad()
         self._started = time.perf_counter()
-        self._mode: BlockMode = "mask_diffusion"
         self._load, self._blocks_of_load = -1, 0.0
-        self._since_change = MIN_DWELL
-        self._decision: ModeDecision | None = None
-        self._decided_in = -1
+        self._choices = {
+            lossless: _Choice(mode, ModeDecision(mode, "nothing is known yet", {}))
+            for lossless, mode in ((False, "mask_diffusion"), (True, "verified"))
+        }
         self._num_changes = 0
 
     def step_starts(self) -> None:
         """Starts the clock."""
         self._started = time.perf_counter()
 
-    def step_ends(self, num_ar: int, num_denoised: int, num_tokens: int, reads_prompts: bool = False) -> None:
-        """Takes the seconds of a step in which so many blocks were filled by either tower, and the tokens that came.
+    def step_ends(self, rows_of_mode: Mapping[BlockMode, int], num_tokens: int, reads_prompts: bool = False) -> None:
+        """Takes the seconds of a step in which so many blocks were filled in each mode, and the tokens that came.
 
-        Steps of both towers tell nothing of either.
+        Steps of several modes tell nothing of any.
         """
         seconds = time.perf_counter() - self._started
-        if bool(num_ar) == bool(num_denoised):
+        modes = [mode for mode in BLOCK_MODES if rows_of_mode.get(mode)]
+        if len(modes) != 1:
             return
-        mode, rows = ("ar", num_ar) if num_ar else ("mask_diffusion", num_denoised)
-        bucket = _bucket(rows)
+        rows = rows_of_mode[modes[0]]
         # A step without tokens was worth its share of a block.
         blocks = max(num_tokens / (rows * self._canvas_length), 1 / self._canvas_length)
         self._blocks_of_load += blocks
         for measured in (self._of_all_steps,) if reads_prompts else (self._of_all_steps, self._without_prompts):
-            measured[bucket, mode].add(seconds, num_tokens, blocks)
-            measured[bucket, "ar" if mode == "mask_diffusion" else "mask_diffusion"].blocks += blocks
+            measured[_bucket(rows), modes[0]].add(seconds, num_tokens, blocks)
+            for mode in BLOCK_MODES:
+                if mode not in modes:
+                    measured[_bucket(rows), mode].blocks += blocks
 
-    def choose(self, step: int, num_open: int) -> ModeDecision:
-        """Decides for the blocks that start after engine step ``step``; once for all of them.
+    def choose(self, step: int, num_open: int, lossless: bool = False) -> ModeDecision:
+        """Decides for the blocks that start after engine step ``step``; once for all that are ``lossless``, or not.
 
         There are ``num_open`` requests.
         """
-        if self._decision is not None and self._decided_in == step:
-            return self._decision
-        self._decided_in, before = step, self._mode
-        self._since_change += 1
+        choice = self._choices[lossless]
+        if choice.decided_in == step:
+            return choice.decision
+        choice.decided_in, before = step, choice.decision.mode
+        choice.since_change += 1
         self._note_load(_bucket(num_open))
-        ar, diffusion = self._measured(self._load)
-        self._mode, reason = self._best(ar, diffusion)
-        if self._mode != before:
+        by_mode = self._measured((choice.other, "ar"))
+        mode, reason = self._best(by_mode, before, choice.since_change)
+        if mode != before:
             self._num_changes += 1
-            self._since_change = 0
+            choice.since_change = 0
             logger.info("diffusion_mode auto: %s; %d open requests", reason, num_open)
         tokens = num_open * self._canvas_length
-        seconds = ar.seconds_per_token * tokens, diffusion.seconds_per_token * tokens
-        self._decision = ModeDecision(self._mode, reason, *seconds)
-        return self._decision
+        choice.decision = ModeDecision(
+            mode, reason, {mode: measured.seconds_per_token * tokens for mode, measured in by_mode.items()}
+        )
+        return choice.decision
 
     def _note_load(self, bucket: int) -> None:
         """Notes the load; one that is several times another may change the mode at once."""
         if bucket != self._load:
             if abs(bucket - self._load) > 1:
-                self._since_change = MIN_DWELL
+                for choice in self._choices.values():
+                    choice.since_change = MIN_DWELL
             self._load, self._blocks_of_load = bucket, 0.0
 
-    def _measured(self, bucket: int) -> tuple[_Measured, _Measured]:
-        """What is known of both modes: without prompts if there were enough such steps, else with them."""
+    def _measured(self, modes: tuple[BlockMode, ...]) -> dict[BlockMode, _Measured]:
+        """What is known of modes: without prompts if there were enough such steps, else with them."""
         known = [
-            (of_steps[bucket, "ar"], of_steps[bucket, "mask_diffusion"])
+            {mode: of_steps[self._load, mode] for mode in modes}
             for of_steps in (self._without_prompts, self._of_all_steps)
         ]
-        return next((pair for pair in known if all(one.blocks_left <= 0 for one in pair)), known[-1])
+        return next((by_mode for by_mode in known if all(one.blocks_left <= 0 for one in by_mode.values())), known[-1])
 
-    def _best(self, ar: _Measured, diffusion: _Measured) -> tuple[BlockMode, str]:
+    def _best(self, by_mode: dict[BlockMode, _Measured], now: BlockMode, since_change: int) -> tuple[BlockMode, str]:
         """The mode, and why."""
-        by_mode = {"mask_diffusion": diffusion, "ar": ar}
         for mode, measured in by_mode.items():
             if measured.blocks_left > 0 and self._blocks_of_load < BLOCKS_TO_SETTLE:
-                return self._mode, "the load has just changed"
+                return now, "the load has just changed"
             if measured.blocks_left > 0:
                 return mode, f"{mode} is tried"
-        faster, slower = sorted(BLOCK_MODES, key=lambda mode: by_mode[mode].seconds_per_token)
+        faster, slower = sorted(by_mode, key=lambda mode: by_mode[mode].seconds_per_token)
         gain = by_mode[slower].seconds_per_token / by_mode[faster].seconds_per_token - 1
         if gain < HOPELESS - 1 and by_mode[slower].blocks > BLOCKS_BETWEEN_TRIES:
             by_mode[slower].try_again()
             return slower, f"{slower} is tried again"
-        if faster != self._mode and (gain <= MARGIN or self._since_change < MIN_DWELL):
-            return self._mode, f"{faster} is {gain:.1%} faster, not enough or not for long enough"
+        if faster != now and (gain <= MARGIN or since_change < MIN_DWELL):
+            return now, f"{faster} is {gain:.1%} faster, not enough or not for long enough"
         return faster, f"{faster} is {gain:.1%} faster"
 
     def take_changes(self) -> int:

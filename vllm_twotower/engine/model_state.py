@@ -98,7 +98,8 @@ class TwoTowerModelState(ModelState):
         self._step = Step(
             rows, input_batch.query_start_loc_np[:num_reqs], input_batch.prefill_len_np[:num_reqs], attn_groups
         )
-        return self.planner.plan(self._step).attention.metadata
+        self.planner.plan(self._step)
+        return {}  # each run of a tower has its own, see PassPlan
 
     def take_step(self) -> tuple[StepRows, PassPlan] | None:
         """The rows of this step and its first pass, once; None while memory is profiled."""
@@ -110,11 +111,9 @@ class TwoTowerModelState(ModelState):
     def run_pass(self) -> tuple[PassPlan, StepLogits]:
         """Runs the next pass of the step that was taken."""
         plan = self.planner.plan(self._current)
-        attention = plan.attention
-        with set_forward_context(
-            attention.metadata,
-            self.vllm_config,
-            num_tokens=plan.num_tokens,
-            slot_mapping=attention.slot_mapping,
-        ):
+        with set_forward_context({}, self.vllm_config, num_tokens=plan.num_tokens):
             return plan, self.model.run(plan)
+
+    def commit_drafts(self, plan: PassPlan, counts: np.ndarray) -> None:
+        """Lets the context tower's states go on by so many tokens (n,) of the drafts that the pass has verified."""
+        self.planner.advance_states(plan, counts)

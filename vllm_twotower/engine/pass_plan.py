@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vllm_twotower.model.denoiser import CanvasRows
 
-from .targets import Canvases, NextTokens
+from .targets import Canvases, DraftedTokens, NextTokens
 from .tower_rows import DeviceRows
 
 
@@ -48,23 +48,18 @@ class CanvasInputs:
 
 @dataclass
 class PassPlan:
-    """The inputs of the towers that run in a pass, and the positions that it has logits for."""
+    """The inputs of what a pass runs, and the positions that it has logits for.
+
+    The context tower reads what is certain (``context``) and what may be rejected (``drafts``), one after the other.
+    """
 
     context: ContextInputs | None = None
     next_tokens: NextTokens | None = None
+    drafts: ContextInputs | None = None
+    drafted: DraftedTokens | None = None
     canvas: CanvasInputs | None = None
     canvases: Canvases | None = None
 
     @property
-    def attention(self) -> AttentionInputs:
-        """Those of both towers."""
-        towers = [tower.attention for tower in (self.context, self.canvas) if tower is not None]
-        metadata, slot_mapping = {}, {}
-        for tower in towers:
-            metadata |= tower.metadata
-            slot_mapping |= tower.slot_mapping
-        return AttentionInputs(metadata, slot_mapping)
-
-    @property
     def num_tokens(self) -> int:
-        return sum(len(tower.input_ids) for tower in (self.context, self.canvas) if tower is not None)
+        return sum(len(run.input_ids) for run in (self.context, self.drafts, self.canvas) if run is not None)

@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_twotower.model.context import UncommittedRead
 from vllm_twotower.model.denoiser import DENOISER_PREFIX, CanvasRows
 
 from .pass_buffers import PassBuffers
@@ -21,7 +22,7 @@ from .pass_plan import AttentionInputs, CanvasInputs, ContextInputs, PassPlan
 from .prefix_cache import move_states, state_block_size, state_column
 from .request_table import RequestTable
 from .step_rows import StepRows
-from .targets import Canvases, NextTokens
+from .targets import Canvases, DraftedTokens, NextTokens
 from .tower_rows import DeviceRows, TowerRows
 
 
@@ -77,12 +78,16 @@ class PassPlanner:
     def plan(self, step: Step) -> PassPlan:
         """The next pass, on what the rows need now."""
         context, gets_token = step.rows.take_context()
-        self._move_states(context)
-        sent = self._buffers.send(step.rows.slots, context, step.rows.take_canvases())
+        drafts = step.rows.take_drafts()
+        for rows in (context, drafts):
+            self._move_states(rows)
+        sent = self._buffers.send(step.rows.slots, context, drafts, step.rows.take_canvases())
         step.plan = self.plan_towers(step, *sent, gets_token)
         return step.plan
 
-    def plan_towers(self, step: Step, context: DeviceRows, denoiser: DeviceRows, gets_token: np.ndarray) -> PassPlan:
+    def plan_towers(
+        self, step: Step, context: DeviceRows, drafts: DeviceRows, denoiser: DeviceRows, gets_token: np.ndarray
+    ) -> PassPlan:
         """The inputs of both towers, made on the device of what was sent there.
 
         ``gets_token``: which of the context tower's rows get a next token.
@@ -90,7 +95,10 @@ class PassPlanner:
         plan = PassPlan()
         if len(context):
             self._plan_context(plan, step, context, gets_token)
+        if len(drafts):
+            self._plan_drafts(plan, step, drafts)
         if len(denoiser):
+            self._begin_drafts(step.rows, denoiser)
             plan.canvases = canvases = Canvases(denoiser, self.table)
             tokens, times = canvases.canvas.flatten(), canvases.times()
             before = step.plan
@@ -99,7 +107,7 @@ class PassPlanner:
             else:
                 tables = denoiser.block_tables(self._block_tables)
                 attention = self._attention(denoiser, tables, step.denoiser_groups, is_causal=False)
-                rows = CanvasRows(len(denoiser), denoiser.width, self._state_indices(denoiser, tables))
+                rows = CanvasRows(len(denoiser), denoiser.width, self._state_indices(denoiser.starts, tables))
                 plan.canvas = CanvasInputs(attention, tokens, rows, times)
         return plan
 
@@ -120,6 +128,37 @@ class PassPlanner:
         input_ids = self._text[context.slots[context.row], context.positions]
         prompt_tokens = self._prompt_tokens(step, context.host)
         plan.context = ContextInputs(attention, context, input_ids, logits_indices, prompt_tokens)
+
+    def _plan_drafts(self, plan: PassPlan, step: Step, drafts: DeviceRows) -> None:
+        """The context tower's read of blocks that it is to verify; its Mamba states stay as they are."""
+        groups = [
+            [] if group_id in self._mamba_groups else layers for group_id, layers in enumerate(step.context_groups)
+        ]
+        tables = drafts.block_tables(self._block_tables)
+        attention = self._attention(drafts, tables, groups, is_causal=True)
+        ends = drafts.starts + drafts.lengths
+        states = self._state_indices(ends, tables)
+        attention.metadata |= {name: UncommittedRead(len(drafts), index) for name, index in states.items()}
+        input_ids = self._text[drafts.slots[drafts.row], drafts.positions].long()
+        plan.drafts = ContextInputs(attention, drafts, input_ids, slice(None), None)
+        of_row = input_ids.view(len(drafts), drafts.width)
+        plan.drafted = DraftedTokens(drafts.behind_each_token(), self.table, of_row)
+
+    def _begin_drafts(self, rows: StepRows, denoiser: DeviceRows) -> None:
+        """Puts the newest token at the start of canvases that are drafts, before their first pass."""
+        batch_rows = denoiser.host.batch_rows
+        begins = np.flatnonzero(rows.is_verified[batch_rows] & (rows.denoiser_passes[batch_rows] == 1))
+        if len(begins):
+            drafts = denoiser.take(begins)
+            self.table.canvas[drafts.slots, 0] = self._text[drafts.slots, drafts.starts].long()
+
+    def advance_states(self, plan: PassPlan, counts: np.ndarray) -> None:
+        """Lets Mamba states go on by the first ``counts`` (n,) tokens of the blocks that the pass has verified."""
+        padded = np.zeros(len(plan.drafts.rows), dtype=np.int64)
+        padded[: len(counts)] = counts
+        on_device = plan.drafts.rows.on_device(padded)
+        for name in self._mamba_layers:
+            self._layers[name].commit(plan.drafts.attention.metadata[name], on_device)
 
     def _context_attention(self, step: Step, rows: DeviceRows) -> AttentionInputs:
         """What the context tower's layers need; for Mamba layers as in the pass before if that was the same to them."""
@@ -158,9 +197,9 @@ class PassPlanner:
             ((self._block_tables[group], self._layers[name].kv_cache) for name, group in self._mamba_layers.items()),
         )
 
-    def _state_indices(self, rows: DeviceRows, block_tables: list[Tensor]) -> dict[str, Tensor]:
-        """The slot (n,) of the state before each row, by context layer."""
-        columns = state_column(rows.starts, self.state_block_size)[:, None]
+    def _state_indices(self, num_tokens: Tensor, block_tables: list[Tensor]) -> dict[str, Tensor]:
+        """The slot (n,) of the state after so many tokens (n,) of each row, by context layer."""
+        columns = state_column(num_tokens, self.state_block_size)[:, None]
         of_group = {group: block_tables[group].gather(1, columns)[:, 0] for group in self._mamba_groups}
         return {name: of_group[group] for name, group in self._mamba_layers.items()}
 

@@ -11,7 +11,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from .step_rows import StepRows
 
-_BITS = 15
+_BITS = 12
 _MASK = (1 << _BITS) - 1
 
 
@@ -19,15 +19,18 @@ _MASK = (1 << _BITS) - 1
 class Report:
     """What became of one row: ``context_passes`` and ``denoiser_passes``, the latter over ``width`` positions.
 
-    Of the tokens that vLLM counts as computed the context tower has yet to read the last ``unread``. The logits its
-    tokens were chosen by may not have been ``is_finite``. vLLM carries one number a row from the worker to the
-    scheduler, the count of NaN logits; a report is packed into it, 15 bits for each count.
+    Of the tokens that vLLM counts as computed the context tower has yet to read the last ``unread``. A block that was
+    verified had ``drafted`` tokens of a draft. The logits its tokens were chosen by may not have been ``is_finite``.
+
+    vLLM carries one number a row from the worker to the scheduler, the count of NaN logits; a report is packed into it,
+    12 bits for each count.
     """
 
     context_passes: int = 0
     denoiser_passes: int = 0
     width: int = 0
     unread: int = 0
+    drafted: int = 0
     is_finite: bool = True
 
     @staticmethod
@@ -35,7 +38,8 @@ class Report:
         """(R,) int64, bitwise complements, which are negative, where not ``is_finite`` (R,)."""
         width = np.where(rows.is_ar, 1, rows.room)
         packed = np.zeros_like(width)
-        for count in (rows.context_passes, rows.denoiser_passes, width, rows.computed_unread):
+        drafted = rows.is_verified * np.maximum(rows.room - 1, 0)
+        for count in (rows.context_passes, rows.denoiser_passes, width, rows.computed_unread, drafted):
             packed = packed << _BITS | count
         packed = async_tensor_h2d(packed, device=is_finite.device, dtype=torch.int64)
         return torch.where(is_finite, packed, ~packed)
@@ -44,5 +48,5 @@ class Report:
     def unpack(cls, number: int) -> Report:
         """The reverse of :meth:`pack`, of one row."""
         is_finite, number = number >= 0, max(number, ~number)
-        counts = [number >> _BITS * place & _MASK for place in (3, 2, 1, 0)]
+        counts = [number >> _BITS * place & _MASK for place in (4, 3, 2, 1, 0)]
         return cls(*counts, is_finite)

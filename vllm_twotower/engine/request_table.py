@@ -47,6 +47,7 @@ class RequestTable:
         self.is_ar = np.zeros(max_num_reqs, dtype=bool)
         self.is_auto = np.zeros(max_num_reqs, dtype=bool)
         self.starts_with_ar = np.zeros(max_num_reqs, dtype=bool)
+        self.verifies = np.zeros(max_num_reqs, dtype=bool)
         self.has_grammar = np.zeros(max_num_reqs, dtype=bool)
         self.stops: list[frozenset[int]] = [frozenset()] * max_num_reqs
         self.is_random = np.zeros(max_num_reqs, dtype=bool)
@@ -86,6 +87,7 @@ class RequestTable:
         self.width[slot] = options.canvas_length
         self.is_ar[slot] = options.mode == "ar"
         self.is_auto[slot] = options.mode == "auto"
+        self.verifies[slot] = options.verifies
         self.starts_with_ar[slot] = self.is_auto[slot] and params.extra_args.get(FIRST_MODE) == "ar"
         self.has_grammar[slot] = params.structured_outputs is not None
         self.stops[slot] = frozenset({params.eos_token_id, *(params.stop_token_ids or ())} - {None})
@@ -98,7 +100,7 @@ class RequestTable:
         self.canvas[slot] = self.engine.mask_token_id
         self.step[slot] = 0
         values = RowOptions(
-            max_steps=options.max_steps,
+            max_steps=options.passes_per_block,
             confidence_threshold=options.confidence_threshold,
             noise_schedule=list(NOISE_SCHEDULES).index(options.noise_schedule),
             adaptive_unmasking=options.adaptive_unmasking,

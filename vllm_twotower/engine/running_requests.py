@@ -16,6 +16,7 @@ from vllm.v1.request import Request
 from vllm_twotower.options import FIRST_MODE, EngineOptions, RequestOptions
 
 from .metrics import RequestDenoisingMetrics, StepCosts
+from .mode_control import BlockMode
 from .report import Report
 
 logger = init_logger(__name__)
@@ -29,15 +30,14 @@ class RunningRequest:
     """A request that the worker knows.
 
     The first ``prefill_len`` tokens are read as a prompt, after a preemption also those generated before. The block
-    that is being filled had ``num_passes`` denoiser passes. The context tower fills the blocks if it ``is_ar``, by
-    its mode or, in mode ``auto``, by choice. Of the tokens that vLLM counts as computed the context tower has
-    yet to read the last ``unread``.
+    that is being filled had ``num_passes`` denoiser passes. Blocks are filled in ``mode``, for ``auto`` in the one that
+    was chosen. Of the tokens that vLLM counts as computed the context tower has yet to read the last ``unread``.
     """
 
     options: RequestOptions
     has_grammar: bool
     prefill_len: int
-    is_ar: bool
+    mode: BlockMode
     num_passes: int = 0
     unread: int = 0
 
@@ -46,19 +46,20 @@ class RunningRequest:
         """A request that the worker is told of for the first time, or again."""
         params = new.sampling_params
         options = RequestOptions.of(params, engine)
-        return cls(options, params.structured_outputs is not None, len(new.prefill_token_ids), options.mode == "ar")
+        mode = "ar" if options.mode == "auto" else options.mode  # until it is chosen
+        return cls(options, params.structured_outputs is not None, len(new.prefill_token_ids), mode)
 
     def first_params(self, params: SamplingParams) -> SamplingParams:
         """The sampling parameters with the worker's note of how an ``auto`` request starts."""
         params = copy(params)
-        params.extra_args = {**(params.extra_args or {}), FIRST_MODE: "ar" if self.is_ar else "mask_diffusion"}
+        params.extra_args = {**(params.extra_args or {}), FIRST_MODE: self.mode}
         return params
 
     def drafts(self, placeholders: list[int]) -> list[int]:
         """What stands for the tokens to come, see :class:`~.step_rows.StepRows`."""
         if self.has_grammar:
             return []
-        return placeholders[: 1 if self.is_ar else self.options.canvas_length]
+        return placeholders[: 1 if self.mode == "ar" else self.options.canvas_length]
 
     def count(
         self,
@@ -74,16 +75,22 @@ class RunningRequest:
         costs.denoiser_passes += report.denoiser_passes
         costs.canvas_positions += report.denoiser_passes * report.width
         self.num_passes += report.denoiser_passes
-        if metrics is not None:
-            for _ in range(report.denoiser_passes):
-                metrics.add_pass(report.width, detailed)
-        if num_sampled and self.num_passes:
+        is_block = num_sampled and self.num_passes
+        if metrics is not None and report.drafted:
+            metrics.add_draft(report.drafted, num_sampled - 1, detailed)
+        elif metrics is not None:
+            metrics.add_passes(report.denoiser_passes, report.width, detailed)
+            if is_block:
+                metrics.finish_block(num_sampled)
+        if is_block:
             costs.committed_tokens += num_sampled
             costs.steps_per_block.append(self.num_passes)
-            costs.forced_blocks += self.num_passes >= self.options.max_steps
+            if report.drafted:
+                costs.drafted_tokens += report.drafted
+                costs.accepted_per_draft.append(num_sampled - 1)
+            else:
+                costs.forced_blocks += self.num_passes >= self.options.max_steps
             self.num_passes = 0
-            if metrics is not None:
-                metrics.finish_block(num_sampled)
 
 
 class RunningRequests(dict[str, RunningRequest]):

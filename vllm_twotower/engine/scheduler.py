@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
@@ -48,9 +49,8 @@ class TwoTowerScheduler(DiffusionScheduler):
         super().add_request(request)
         if request.spec_decode_metrics is not None:
             options = RequestOptions.of(request.sampling_params, self._engine_options)
-            request.spec_decode_metrics = (
-                RequestDenoisingMetrics.new(self.num_spec_tokens) if options.fills_blocks else None
-            )
+            has_passes = options.fills_blocks or options.verifies
+            request.spec_decode_metrics = RequestDenoisingMetrics.new(self.num_spec_tokens) if has_passes else None
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's schedule, in which blocks come first, and prompts beside them get a share of the step."""
@@ -91,8 +91,8 @@ class TwoTowerScheduler(DiffusionScheduler):
         # Also for requests aborted while the step ran: the worker has run their rows.
         self._known.count(returned, self._costs, self.requests, self.spec_decode_metrics_level == "detailed")
         num_sampled = {req_id: sampled for req_id, (_, sampled) in returned.items()}
-        num_ar = sum(self._known[req_id].is_ar for req_id in returned)
-        self._mode_control.step_ends(num_ar, len(returned) - num_ar, sum(num_sampled.values()), bool(reading))
+        rows_of_mode = Counter(self._known[req_id].mode for req_id in returned)
+        self._mode_control.step_ends(rows_of_mode, sum(num_sampled.values()), bool(reading))
         self._held_scores.exchange(model_runner_output, num_sampled, self._is_waiting)
         for req_id, sampled in num_sampled.items():
             known, request = self._known[req_id], self.requests.get(req_id)
@@ -124,8 +124,8 @@ class TwoTowerScheduler(DiffusionScheduler):
 
     def _choose(self, known: RunningRequest) -> None:
         """Sets how an ``auto`` request goes on, and counts it."""
-        decision = self._mode_control.choose(self.current_step, len(self.running))
-        known.is_ar = decision.mode == "ar"
+        decision = self._mode_control.choose(self.current_step, len(self.running), known.options.lossless)
+        known.mode = decision.mode
         self._costs.add_choice(decision, self._mode_control.take_changes())
 
     def _is_waiting(self, req_id: str) -> bool:

@@ -1,7 +1,7 @@
 """What each row of vLLM's batch does in an engine step, pass by pass; all of it is decided on the host.
 
-A row is a chunk of a prompt, or a block that its filler fills: the context tower from left to right, or the denoiser.
-In every pass a row that has unread tokens lets the context tower read them, and once all are read a block goes on:
+A row is a chunk of a prompt, or a block that is filled: by the context tower from left to right, by the denoiser, or
+by both. In every pass a row that has unread tokens lets the context tower read them, and once all are read it goes on:
 
 | row | unread | once all is read |
 |---|---|---|
@@ -12,6 +12,11 @@ In every pass a row that has unread tokens lets the context tower read them, and
 
 In its first pass a block finds more unread, what was returned last: a block of the denoiser, or a token.
 Where Mamba states of generated text are cached, the context tower stops, and reads on in the row's next pass.
+
+A block that is verified begins with the newest token, unread. The denoiser drafts what follows it; then the context
+tower reads all of it. What it would have given itself is accepted, with one token more, which is unread again. All this
+is done in one step, however many passes that may make. After a prompt, and for the last token of a page, the context
+head gives one token instead.
 """
 
 from __future__ import annotations
@@ -30,7 +35,8 @@ class StepRows:
 
     ``slots`` are their requests' in the :class:`RequestTable`. Of the ``known`` tokens of a row the context tower has
     ``read`` some; ``num_new`` came in this step, in the place of ``num_drafts``. A row may get ``room`` tokens in this
-    step, 0 for one that fills no block; the context tower fills it if the row ``is_ar``, otherwise the denoiser does.
+    step, 0 for one that fills no block; the context tower fills it if the row ``is_ar``, or verifies it if the row
+    ``is_verified``, otherwise the denoiser does.
     ``context_passes`` and ``denoiser_passes`` count the runs of the towers over the row.
     """
 
@@ -63,15 +69,22 @@ class StepRows:
         one_draft = np.where(self.is_chunk, table.starts_with_ar[slots], num_drafts == 1)
         self.is_ar = table.is_ar[slots] | (table.is_auto[slots] & one_draft)
         canvas = np.minimum(table.width[slots], table.max_model_len - self.known)
+        ends = np.minimum(max_len, table.max_model_len)
         # States have slots up to the end of the page that the last scheduled token is in.
         last = self.known - self.is_chunk
         page = state_block_size - last % state_block_size + ~self.is_chunk
-        tokens = np.minimum(np.minimum(max_len, table.max_model_len) - self.known, page)
-        tokens = np.minimum(tokens, table.engine.canvas_length)
+        tokens = np.minimum(np.minimum(ends - self.known, page), table.engine.canvas_length)
         self._has_grammar = table.has_grammar[slots]
-        tokens = np.where(self._has_grammar, 1, tokens)
+        # A block that is verified ends with the page that its states are in.
+        verified = np.minimum(canvas, ends - self.known)
+        verified = np.minimum(verified, state_block_size - (self.known - 1) % state_block_size)
+        self.is_verified = table.verifies[slots] & ~self.is_ar & ~self.is_chunk & (verified > 1)
+        one_token = self._has_grammar | (table.verifies[slots] & ~self.is_ar)
+        self.is_ar |= one_token & ~self.is_verified
+        tokens = np.where(one_token, 1, tokens)
         fills = np.where(self.is_chunk, ends_prompt, self.is_ar | (num_drafts == canvas))
-        self.room = fills * np.where(self.is_ar, tokens, canvas)
+        self.room = fills * np.where(self.is_ar, tokens, np.where(self.is_verified, verified, canvas))
+        self._is_drafted = np.zeros(len(slots), dtype=bool)
         self.num_new = np.zeros_like(slots)
         self.context_passes, self.denoiser_passes = np.zeros_like(slots), np.zeros_like(slots)
         self._runs = self.is_chunk | fills
@@ -107,8 +120,11 @@ class StepRows:
         return self.room == 0
 
     def take_context(self) -> tuple[TowerRows, np.ndarray]:
-        """The context tower's rows (n,) of the next pass, which count as read; and which (n,) get a next token."""
-        rows = np.flatnonzero(self._runs & (self.unread > 0))
+        """The context tower's rows (n,) of the next pass, which count as read; and which (n,) get a next token.
+
+        Those that it verifies are not among them, see :meth:`take_drafts`.
+        """
+        rows = np.flatnonzero(self._runs & ~self.is_verified & (self.unread > 0))
         starts, is_chunk = self.read[rows], self.is_chunk[rows] & (self.context_passes[rows] == 0)
         stops = np.where(is_chunk, self.known[rows], next_stop(starts, self._commit_interval))
         context = TowerRows(rows, starts, np.minimum(self.known[rows], stops) - starts)
@@ -121,17 +137,36 @@ class StepRows:
         self._runs &= self.room > 0
         return context, (self._runs & self.is_ar & (self.unread == 0))[context.batch_rows]
 
+    def take_drafts(self) -> TowerRows:
+        """The blocks that the context tower verifies in the next pass; they are read once :meth:`add_verified` says."""
+        rows = np.flatnonzero(self._runs & self._is_drafted)
+        self.context_passes[rows] += 1
+        return TowerRows(rows, self.read[rows], self.room[rows])
+
     def take_canvases(self) -> TowerRows:
-        """The denoiser's rows of the next pass, after :meth:`take_context`."""
-        rows = np.flatnonzero(self._runs & ~self.is_ar & (self.unread == 0))
+        """The denoiser's rows of the next pass, after :meth:`take_context` and :meth:`take_drafts`."""
+        rows = np.flatnonzero(
+            self._runs & ~self.is_ar & np.where(self.is_verified, ~self._is_drafted, self.unread == 0)
+        )
         self.denoiser_passes[rows] += 1
-        return TowerRows(rows, self.known[rows], self.room[rows])
+        return TowerRows(rows, np.where(self.is_verified, self.read, self.known)[rows], self.room[rows])
 
     def add_tokens(self, rows: np.ndarray, counts: np.ndarray | int, ends: np.ndarray) -> None:
         """Counts new tokens of some rows (n,); those that are full, or where it ``ends`` (n,), are done."""
         self.known[rows] += counts
         self.num_new[rows] += counts
         self._runs[rows] &= ~(ends | (self.num_new[rows] >= self.room[rows]))
+
+    def add_canvases(self, rows: np.ndarray) -> None:
+        """Counts canvases (n,) that are whole: their tokens are new, but for drafts, which are to be verified."""
+        self._is_drafted[rows] = self.is_verified[rows]
+        rows = rows[~self.is_verified[rows]]
+        self.add_tokens(rows, self.room[rows], np.ones(len(rows), dtype=bool))
+
+    def add_verified(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Counts the new tokens (n,) of verified blocks; but for the last one each, all is read."""
+        self.read[rows] += counts
+        self.add_tokens(rows, counts, np.ones(len(rows), dtype=bool))
 
     @property
     def done(self) -> np.ndarray:
@@ -142,7 +177,10 @@ class StepRows:
         """Whether the step ends after so many passes.
 
         By default it does as soon as a row has got what it can, which its request waits for, or cannot get anything.
+        It does not before drafts are verified.
         """
+        if (self._runs & self.is_verified).any():
+            return False
         if passes >= self.max_passes or not self._runs.any():
             return True
         return self.ends_with_first and bool(self.waits.any() or self.done.any())

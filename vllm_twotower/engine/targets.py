@@ -1,4 +1,4 @@
-"""The positions that a pass has logits for: the next one of a row, or those of its canvas."""
+"""The positions that a pass has logits for: the next one of a row, those behind its draft, or those of its canvas."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Targets:
 
     canvas: Tensor | None = None
     """What stands at the positions (R, S), where a row has several."""
-    step: Tensor | None = None
-    """The passes (R,) each row's block has had, where random numbers depend on it."""
     never: int | None = None
     """The token that can stand nowhere."""
+    rows_together: int = 1
+    """So many rows, one after the other, are predicted in one go."""
 
     def __init__(self, rows: DeviceRows, table: RequestTable):
         self.rows, self.table = rows, table
@@ -86,6 +86,15 @@ class Targets:
         """(T,): each position's place in what the step returns of its row."""
         return self.host_column
 
+    @property
+    def is_returned(self) -> np.ndarray:
+        """(R,): the rows whose tokens may be returned; others are drafts."""
+        return np.ones(len(self), dtype=bool)
+
+    def counters(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the random numbers of positions (n,) depend on beside the seed."""
+        return self.starts[row], torch.zeros_like(row), column
+
     def by_row(self, values: Tensor) -> Tensor:
         """(T,) -> (R, S)."""
         return values.view(-1, self.rows.width)
@@ -132,11 +141,31 @@ class NextTokens(Targets):
             logits[index] = of_rows
 
 
+class DraftedTokens(NextTokens):
+    """The positions behind each of the W tokens of drafts, each a row of its own.
+
+    So they are decided as the next tokens of requests are whose text ends there. Rows of a draft that are behind its
+    last token mean nothing.
+    """
+
+    def __init__(self, rows: DeviceRows, table: RequestTable, drafts: Tensor):
+        """``rows`` as :meth:`DeviceRows.behind_each_token` gives them; ``drafts`` (D, W), of ``draft_lengths`` (D,)."""
+        self.drafts, self.rows_together = drafts, drafts.shape[1]
+        self.draft_lengths = rows.lengths[:: self.rows_together]
+        super().__init__(rows, table, np.tile(np.arange(self.rows_together), len(rows.host) // self.rows_together))
+
+    def take(self, index: np.ndarray) -> DraftedTokens:
+        """The rows of some drafts, each draft whole."""
+        drafts = self.drafts[self.on_device(index[:: self.rows_together] // self.rows_together)]
+        return DraftedTokens(self.rows.take(index), self.table, drafts)
+
+
 class Canvases(Targets):
     """The canvases of blocks that the denoiser fills: those of the table, as the last pass has left them.
 
     ``canvas`` (R, S), ``masked`` (R, S) bool, the positions still to fill, and ``step`` (R,), the passes a block has
-    had. S is the width of the pass; behind a shorter canvas nothing is masked.
+    had. S is the width of the pass; behind a shorter canvas nothing is masked. The canvas of a block that is to be
+    verified is a draft, which begins with the request's newest token.
     """
 
     def __init__(self, rows: DeviceRows, table: RequestTable):
@@ -161,6 +190,18 @@ class Canvases(Targets):
 
     def restrict(self, logits: Tensor) -> None:
         suppress_mask_token(logits, self.never)
+
+    @property
+    def is_returned(self) -> np.ndarray:
+        return ~self.table.verifies[self.host_slots]
+
+    def counters(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a draft those of the next tokens that it foresees: so it draws the same token if the two towers agree."""
+        starts, step = self.starts[row], self.step[row]
+        if self.is_returned.all():
+            return starts, step, column
+        is_returned = self.on_device(self.is_returned)[row]
+        return starts + column * ~is_returned, step * is_returned, column * is_returned
 
     def ahead(self) -> Tensor:
         return self.ahead_of(self.canvas, self.masked)

@@ -90,6 +90,16 @@ class DeviceRows:
         ends = self.starts + self.lengths
         return DeviceRows(host, self.host_slots, self.batch_rows, self.slots, ends, self.lengths, 1, self.has_padding)
 
+    def behind_each_token(self) -> DeviceRows:
+        """Rows of one token each, those behind each of the T tokens of rows with a width."""
+        host, count = self.host, len(self.host)
+        within = np.minimum(np.tile(np.arange(1, self.width + 1), count), host.lengths.repeat(self.width))
+        starts = host.starts.repeat(self.width) + within
+        of_host = TowerRows(host.batch_rows.repeat(self.width), starts, np.ones_like(starts))
+        batch_rows, slots, lengths = (values[self.row] for values in (self.batch_rows, self.slots, self.lengths))
+        host_slots = self.host_slots.repeat(self.width)
+        return DeviceRows(of_host, host_slots, batch_rows, slots, self.positions + 1, lengths, 1, self.has_padding)
+
     @property
     def query_start_loc(self) -> Tensor:
         """(n + 1,) int32: where each row's tokens begin."""

@@ -1,7 +1,7 @@
-"""The denoiser's Mamba-2 block: convolution and scan over one canvas, seeded with the context tower's state.
+"""A Mamba-2 block over one canvas or draft: convolution and scan, seeded with the context tower's state.
 
 A canvas is short, so the scan is one dense product instead of a chunked recurrence (arXiv 2405.21060, section 6, with
-a single chunk). Nothing is written back: a denoiser pass leaves the seed as it was. ``R`` canvases of ``S`` positions,
+a single chunk). Nothing is written back: a pass leaves the seed as it was. ``R`` canvases of ``S`` positions,
 ``C`` convolution channels, ``n`` heads of ``p`` channels, ``g`` groups of state size ``s``.
 """
 
@@ -15,15 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def seeded_conv(x: Tensor, seed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def seeded_conv(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Causal depthwise convolution, then SiLU.
 
-    Args: x (R, S, C); seed (R, k - 1, C), the inputs before the canvas; weight (C, k); bias (C,) or None.
+    Args: inputs (R, k - 1 + S, C), those before the canvas first; weight (C, k); bias (C,) or None.
     Returns (R, S, C) in fp32.
     """
-    positions = x.shape[1]
-    inputs = torch.cat((seed.to(x.dtype), x), 1).float()
-    taps = weight.float()
+    inputs, taps = inputs.float(), weight.float()
+    positions = inputs.shape[1] - weight.shape[1] + 1
     out = inputs[:, :positions] * taps[:, 0]
     for k in range(1, weight.shape[1]):
         out.addcmul_(inputs[:, k : k + positions], taps[:, k])
@@ -47,6 +46,15 @@ def seeded_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tenso
     carried = c.transpose(1, 2).repeat_interleave(per_group, 1) @ seed.transpose(2, 3)
     y = y.addcmul_(carried, log_decay.exp().unsqueeze(-1)).transpose(1, 2)
     return y + x * d[:, None]
+
+
+def advanced_state(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, seed: Tensor) -> Tensor:
+    """The state ``h`` (R, n, p, s) after a :func:`seeded_scan`; positions with ``dt`` 0 leave it as it is."""
+    per_group = x.shape[2] // b.shape[2]
+    log_decay = (dt * a).cumsum(1)  # (R, S, n)
+    weight = (log_decay[:, -1:] - log_decay).exp_() * dt
+    gained = (x * weight.unsqueeze(-1)).permute(0, 2, 3, 1) @ b.repeat_interleave(per_group, 2).transpose(1, 2)
+    return gained.addcmul_(seed, log_decay[:, -1].exp()[..., None, None])
 
 
 @cache

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.nemotron_h import ALL_DECODER_LAYER_TYPES, NemotronHModel, NemotronHMoE
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionBackend, Mamba2AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
+
+from vllm_twotower.kernels.seeded_mamba import advanced_state, seeded_conv, seeded_scan
 
 from .moe_cpu import CpuMoE
 
@@ -42,11 +47,89 @@ class CommittedMambaBackend(Mamba2AttentionBackend):
         return CommittedMambaMetadataBuilder
 
 
+@dataclass
+class Scanned:
+    """What a scan from given states ran on, for R rows of S tokens: enough to write the state after any of them.
+
+    ``inputs`` (R, k - 1 + S, C) are those of the convolution, the ones before the rows among them; ``x`` (R, S, n, p),
+    ``dt`` (R, S, n) and ``b`` (R, S, g, s) are fp32.
+    """
+
+    inputs: Tensor
+    x: Tensor
+    dt: Tensor
+    b: Tensor
+
+
+def cached_states(mixer: MambaMixer2, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """A context layer's states at ``indices`` (R,): convolution inputs (R, k - 1, C), and SSM states (R, n, p, s) in
+    fp32."""
+    conv_cache, ssm_cache = mixer.kv_cache
+    conv = conv_cache[indices]
+    return (conv.transpose(1, 2) if is_conv_state_dim_first() else conv), ssm_cache[indices].float()
+
+
+def mix_from(
+    mixer: MambaMixer2, xbc: Tensor, dt: Tensor, conv_state: Tensor, ssm_state: Tensor
+) -> tuple[Tensor, Scanned]:
+    """Convolution and scan of R rows of S tokens from their states, in fp32: (R * S, n * p), and what it ran on.
+
+    ``xbc`` (R, S, C) and ``dt`` (R, S, n) are as the input projection gives them.
+    """
+    inputs = torch.cat((conv_state.to(xbc.dtype), xbc), 1)
+    x, b, c = mixer.split_hidden_states_B_C_fn(seeded_conv(inputs, mixer.conv_weights, mixer.conv1d.bias))
+    groups = (mixer.n_groups // mixer.tp_size, mixer.ssm_state_size)
+    scanned = Scanned(
+        inputs,
+        x.unflatten(-1, (-1, mixer.head_dim)),
+        F.softplus(dt.float() + mixer.dt_bias.float()),
+        b.unflatten(-1, groups),
+    )
+    y = seeded_scan(scanned.x, scanned.dt, mixer.A, scanned.b, c.unflatten(-1, groups), mixer.D.float(), ssm_state)
+    return y.flatten(2).flatten(0, 1), scanned
+
+
+@dataclass
+class UncommittedRead:
+    """In the place of a Mamba layer's metadata: its R rows of equal width may be rejected from some token on.
+
+    The layer starts from its states at ``state_indices`` (R,), leaves them as they are, and fills ``scanned``.
+    """
+
+    num_rows: int
+    state_indices: Tensor
+    scanned: Scanned | None = None
+
+
 class ContextMambaMixer(MambaMixer2):
     """Mamba-2 mixer whose cache holds the states after a row's last token, ``conv_kernel - 1`` wide.
 
     It keeps no states from inside a chunk, so vLLM ends prompt chunks at the borders where states are cached.
     """
+
+    def conv_ssm_forward(self, projected_states: Tensor, output: Tensor) -> Tensor | None:
+        """vLLM's, but for tokens that may be rejected; (T, D) -> ``output`` (T, n * p)."""
+        metadata = get_forward_context().attn_metadata
+        read = metadata.get(self.prefix) if isinstance(metadata, dict) else None
+        if not isinstance(read, UncommittedRead):
+            return super().conv_ssm_forward(projected_states, output)
+        by_row = projected_states[:, self.tped_intermediate_size :].unflatten(0, (read.num_rows, -1))
+        xbc, dt = by_row.split([self.tped_conv_size, self.tped_dt_size], dim=-1)
+        y, read.scanned = mix_from(self, xbc, dt, *cached_states(self, read.state_indices))
+        output.copy_(y)
+        return None
+
+    def commit(self, read: UncommittedRead, counts: Tensor) -> None:
+        """Writes the states after the first ``counts`` (R,) tokens of the rows that it has read."""
+        scanned, index = read.scanned, read.state_indices
+        conv_cache, ssm_cache = self.kv_cache
+        tokens = torch.arange(scanned.dt.shape[1], device=counts.device)
+        dt = scanned.dt * (tokens < counts[:, None]).unsqueeze(-1)
+        state = advanced_state(scanned.x, dt, self.A, scanned.b, ssm_cache[index].float())
+        ssm_cache[index] = state.to(ssm_cache.dtype)
+        window = counts[:, None] + torch.arange(self.conv_kernel_size - 1, device=counts.device)
+        conv = scanned.inputs.gather(1, window.unsqueeze(-1).expand(-1, -1, scanned.inputs.shape[2]))
+        conv_cache[index] = (conv.transpose(1, 2) if is_conv_state_dim_first() else conv).to(conv_cache.dtype)
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -11,22 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
-from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.models.nemotron_h import NemotronHAttention, NemotronHMLP, NemotronHModel
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
 
-from vllm_twotower.kernels.seeded_mamba import seeded_conv, seeded_scan
 from vllm_twotower.options import ATTENTION_BACKENDS, ATTENTION_REASON
 
-from .context import mamba_mixer, moe_mixer
+from .context import cached_states, mamba_mixer, mix_from, moe_mixer
 
 CONTEXT_PREFIX, DENOISER_PREFIX = "context_tower", "denoiser_tower"
 
@@ -115,29 +112,14 @@ class DenoiserMambaMixer(MambaMixer2):
                     rows.num_rows, self.tped_dt_size, self.head_dim, self.ssm_state_size, dtype=torch.float32
                 ),
             )
-        conv_cache, ssm_cache = get_forward_context().no_compile_layers[name].kv_cache
-        conv, ssm = conv_cache[indices], ssm_cache[indices].float()
-        return (conv.transpose(1, 2) if is_conv_state_dim_first() else conv), ssm
+        return cached_states(get_forward_context().no_compile_layers[name], indices)
 
     def forward(self, hidden_states: Tensor, rows: CanvasRows) -> Tensor:
         """(T, H) -> (T, H)."""
         projected, _ = self.in_proj(hidden_states)
         gate, xbc, dt = projected.split([self.tped_intermediate_size, self.tped_conv_size, self.tped_dt_size], dim=-1)
-        conv_seed, ssm_seed = self._seed(rows, projected)
-        x, b, c = self.split_hidden_states_B_C_fn(
-            seeded_conv(rows.by_row(xbc), conv_seed, self.conv_weights, self.conv1d.bias)
-        )
-        groups = (self.n_groups // self.tp_size, self.ssm_state_size)
-        y = seeded_scan(
-            x.unflatten(-1, (-1, self.head_dim)),
-            F.softplus(rows.by_row(dt).float() + self.dt_bias.float()),
-            self.A,
-            b.unflatten(-1, groups),
-            c.unflatten(-1, groups),
-            self.D.float(),
-            ssm_seed,
-        )
-        return self.out_proj(self.norm(y.flatten(2).flatten(0, 1).to(hidden_states.dtype), gate))[0]
+        y, _ = mix_from(self, rows.by_row(xbc), rows.by_row(dt), *self._seed(rows, projected))
+        return self.out_proj(self.norm(y.to(hidden_states.dtype), gate))[0]
 
 
 class _DenoiserLayer(nn.Module):

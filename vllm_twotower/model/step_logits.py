@@ -59,13 +59,15 @@ class OutputHead:
 class StepLogits:
     """Hidden states of a step, and the heads that make logits of them, a tile at a time.
 
-    ``context`` (A, H) are those of the rows whose next token the context head gives, ``denoiser`` (T, H) those of the
-    canvas tokens. Logits of all of these at once would be the largest tensors of the engine.
+    ``context`` (A, H) are those of the rows whose next token the context head gives, ``drafts`` (T, H) those of drafts
+    that the context tower has read, ``denoiser`` (T, H) those of the canvas tokens. Logits of all of these at once would
+    be the largest tensors of the engine.
     ``grammar`` holds, for requests with structured outputs, their ids and a bitmask (requests, V / 32) int32 of the
     tokens that may come next.
     """
 
     context: Tensor | None
+    drafts: Tensor | None
     denoiser: Tensor | None
     context_head: OutputHead
     denoiser_head: OutputHead
@@ -76,7 +78,7 @@ class StepLogits:
     @property
     def shape(self) -> tuple[int]:
         """The number of logit rows: vLLM's runner applies a grammar if there are any."""
-        return (sum(len(hidden) for hidden in (self.context, self.denoiser) if hidden is not None),)
+        return (sum(len(hidden) for hidden in (self.context, self.drafts, self.denoiser) if hidden is not None),)
 
 
 def logit_rows_per_tile(vocab_size: int, canvas_length: int, max_bytes: int = 256 << 20) -> int:

@@ -30,7 +30,7 @@ from .step_logits import OutputHead, StepLogits, logit_rows_per_tile
 from .time_conditioning import TimeConditioning
 
 if TYPE_CHECKING:
-    from vllm_twotower.engine.pass_plan import PassPlan
+    from vllm_twotower.engine.pass_plan import AttentionInputs, ContextInputs, PassPlan
 
 
 class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
@@ -118,9 +118,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         """
         if plan is None:
             return self._profile(input_ids, positions)
-        forward_context = get_forward_context()
-        forward_context.slot_mapping = plan.attention.slot_mapping
-        forward_context.is_padding = None
+        get_forward_context().is_padding = None
         self._step_logits, hidden = self._run(plan)
         if plan.context is None or plan.context.prompt_tokens is None:
             return positions.new_empty((len(positions), 0))
@@ -133,22 +131,30 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     def _run(self, plan: PassPlan) -> tuple[StepLogits, Tensor | None]:
         """What the pass has logits for, and all hidden states (T, H) of the context tower if it runs."""
-        hidden = context = denoiser = None
+        hidden = context = drafts = denoiser = None
         if plan.context is not None:
-            hidden = self.context_tower(plan.context.input_ids, plan.context.rows.positions)
+            hidden = self._read(plan.context)
             if plan.context.logits_indices is not None:
                 context = hidden[plan.context.logits_indices]
+        if plan.drafts is not None:
+            drafts = self._read(plan.drafts)
         if plan.canvas is not None:
+            _use(plan.canvas.attention)
             denoiser = self.denoise(plan.canvas.input_ids, plan.canvas.rows, plan.canvas.time)
-        return self._logits(context, denoiser), hidden
+        return self._logits(context, drafts, denoiser), hidden
+
+    def _read(self, inputs: ContextInputs) -> Tensor:
+        """A run of the context tower: hidden states (T, H)."""
+        _use(inputs.attention)
+        return self.context_tower(inputs.input_ids, inputs.rows.positions)
 
     def denoise(self, input_ids: Tensor, rows: CanvasRows, time: Tensor) -> Tensor:
         """One denoiser pass over canvas tokens (T,) at times (R,), in a forward context: hidden states (T, H)."""
         conditioning = self.time_conditioning
         return self.denoiser_tower(input_ids, rows, conditioning(time), conditioning.scale_shift_tables)
 
-    def _logits(self, context: Tensor | None, denoiser: Tensor | None) -> StepLogits:
-        return StepLogits(context, denoiser, self.context_head, self.denoiser_head, self.logit_tile)
+    def _logits(self, context: Tensor | None, drafts: Tensor | None, denoiser: Tensor | None) -> StepLogits:
+        return StepLogits(context, drafts, denoiser, self.context_head, self.denoiser_head, self.logit_tile)
 
     def _profile(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         self.context_tower(input_ids, positions)
@@ -156,7 +162,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         rows = CanvasRows(-(-len(input_ids) // width), width)
         canvases = F.pad(input_ids, (0, rows.num_rows * width - len(input_ids)))
         hidden = self.denoise(canvases, rows, torch.ones(rows.num_rows, device=input_ids.device))[: len(input_ids)]
-        self._step_logits = self._logits(None, hidden)
+        self._step_logits = self._logits(None, None, hidden)
         return hidden
 
     def compute_logits(self, hidden_states: Tensor) -> StepLogits | Tensor:
@@ -184,3 +190,9 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         loaded = AutoWeightsLoader(self).load_weights(checked(), mapper=self.hf_to_vllm_mapper)
         check.finish()
         return loaded
+
+
+def _use(attention: AttentionInputs) -> None:
+    """Gives the layers of the run that comes next what they need."""
+    forward_context = get_forward_context()
+    forward_context.attn_metadata, forward_context.slot_mapping = attention.metadata, attention.slot_mapping
