@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -134,11 +136,12 @@ class PassPlanner:
         groups = [
             [] if group_id in self._mamba_groups else layers for group_id, layers in enumerate(step.context_groups)
         ]
-        tables = drafts.block_tables(self._block_tables)
+        # A page more, as drafts that are filled up may reach beyond the last one.
+        tables = [F.pad(table, (0, 1), value=NULL_BLOCK_ID) for table in drafts.block_tables(self._block_tables)]
         attention = self._attention(drafts, tables, groups, is_causal=True)
-        ends = drafts.starts + drafts.lengths
-        states = self._state_indices(ends, tables)
-        attention.metadata |= {name: UncommittedRead(len(drafts), index) for name, index in states.items()}
+        states = self._state_indices(drafts.starts + drafts.lengths, tables)
+        is_inert = drafts.is_inert if drafts.has_padding else None
+        attention.metadata |= {name: UncommittedRead(len(drafts), index, is_inert) for name, index in states.items()}
         input_ids = self._text[drafts.slots[drafts.row], drafts.positions].long()
         plan.drafts = ContextInputs(attention, drafts, input_ids, slice(None), None)
         of_row = input_ids.view(len(drafts), drafts.width)
@@ -206,7 +209,11 @@ class PassPlanner:
     def _attention(
         self, rows: DeviceRows, block_tables: list[Tensor], groups: list[list[AttentionGroup]], is_causal: bool
     ) -> AttentionInputs:
-        """What one tower's layers need beside hidden states."""
+        """What one tower's layers need beside hidden states.
+
+        Under a causal mask a row's last token is the one that its sequence ends with. So where rows are filled up, the
+        sequences are too; nobody but inert tokens looks at what is there.
+        """
         slot_mapping: dict[str, Tensor] = {}
         slot_mappings: list[Tensor | None] = [None] * len(groups)
         for group_id, layers in enumerate(groups):
@@ -215,7 +222,9 @@ class PassPlanner:
                 for group in layers:
                     slot_mapping.update(dict.fromkeys(group.layer_names, slot_mappings[group_id]))
         host = rows.host if rows.width is None else rows.host.widened(rows.width)
-        ends = torch.from_numpy(rows.host.ends.astype(np.int32))
+        ends, seq_lens = rows.host.ends, rows.starts + rows.lengths
+        if is_causal and rows.has_padding:
+            ends, seq_lens = host.ends, (rows.starts + rows.width).masked_fill(rows.lengths == 0, 0)
         metadata = build_attn_metadata(
             attn_groups=groups,
             num_reqs=len(rows),
@@ -223,12 +232,12 @@ class PassPlanner:
             query_start_loc_gpu=rows.query_start_loc,
             query_start_loc_cpu=torch.from_numpy(host.query_start_loc.astype(np.int32)),
             max_query_len=int(host.lengths.max()),
-            seq_lens=(rows.starts + rows.lengths).int(),
-            max_seq_len=int(rows.host.ends.max()),
+            seq_lens=seq_lens.int(),
+            max_seq_len=int(ends.max()),
             block_tables=block_tables,
             slot_mappings=slot_mappings,
             kv_cache_config=self._kv_cache_config,
-            seq_lens_cpu_upper_bound=ends,
+            seq_lens_cpu_upper_bound=torch.from_numpy(ends.astype(np.int32)),
             is_prefilling=torch.ones(len(rows), dtype=torch.bool),
             causal=is_causal,
         )

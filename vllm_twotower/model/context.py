@@ -93,11 +93,13 @@ def mix_from(
 class UncommittedRead:
     """In the place of a Mamba layer's metadata: its R rows of equal width may be rejected from some token on.
 
-    The layer starts from its states at ``state_indices`` (R,), leaves them as they are, and fills ``scanned``.
+    The layer starts from its states at ``state_indices`` (R,), leaves them as they are, and fills ``scanned``. Tokens
+    that are inert (R, S), if any are, need not be finite.
     """
 
     num_rows: int
     state_indices: Tensor
+    is_inert: Tensor | None = None
     scanned: Scanned | None = None
 
 
@@ -114,6 +116,8 @@ class ContextMambaMixer(MambaMixer2):
         if not isinstance(read, UncommittedRead):
             return super().conv_ssm_forward(projected_states, output)
         by_row = projected_states[:, self.tped_intermediate_size :].unflatten(0, (read.num_rows, -1))
+        if read.is_inert is not None:
+            by_row = by_row.masked_fill(read.is_inert.unsqueeze(-1), 0)
         xbc, dt = by_row.split([self.tped_conv_size, self.tped_dt_size], dim=-1)
         y, read.scanned = mix_from(self, xbc, dt, *cached_states(self, read.state_indices))
         output.copy_(y)
