@@ -1,6 +1,7 @@
-"""Tokens/s, tokens per tower pass and right answers: mask diffusion, autoregression, auto, and the plain model's loop.
+"""Tokens/s, tokens per tower pass and right answers: mask diffusion, verified drafts, autoregression, auto, plain loop.
 
-Closed loops of the tiny model's held-out problems with 1 to 64 requests open. All variants take turns, each figure is
+Closed loops of the tiny model's held-out problems with 1 to 64 requests open, or with ``--unknown`` of beginnings of
+texts that it was not trained on. All variants take turns, each figure is
 the median of its rounds, and the third column is the ratio to autoregression in the same engine and run:
 
     python benchmarks/throughput.py --open 1 4 16 64 --thresholds 0.5 0.7 0.8 0.9 0.95
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 DENOISER, CONTEXT = "vllm:diffusion_num_denoising_steps", "vllm:twotower_num_context_passes"
 AR, PLAIN = "ar", "plain loop"
 PLAIN_AR = f"{PLAIN}, {AR}"
+TITLES = ("def add(a, b):\n    ", "import os\n", "Once upon a time", "The class", "SELECT name FROM", "Dear Sir,\n")
+UNKNOWN = [{"prompt": f"{title}{'#' * (i // len(TITLES))}", "result": ""} for i, title in enumerate(TITLES * 24)]
 
 
 def main() -> None:
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--released", action="store_true", help="the released model's passes per block")
+    parser.add_argument("--unknown", action="store_true", help="texts that the model was not trained on")
     parser.add_argument("--reference", action="store_true", help="also measure the plain PyTorch loop")
     Summary.add_argument(parser)
     args = parser.parse_args()
@@ -54,7 +58,7 @@ def main() -> None:
     if args.released:
         register()
 
-    asked = problems(args.model)
+    asked = UNKNOWN if args.unknown else problems(args.model)
     variants = {}
     for options in [*args.engines, {}]:
         llm = start(args.model, options, max_num_seqs=max(args.open))
@@ -128,6 +132,9 @@ def engine_variants(llm: LLM, args: argparse.Namespace, counts_passes: bool) -> 
         return run
 
     variants = {AR: variant(diffusion_mode="ar")}
+    if not args.released:
+        variants["verified"] = variant(diffusion_mode="verified")
+        variants["auto, lossless"] = variant(diffusion_mode="auto", diffusion_lossless=True)
     if args.released:
         variants["released passes"] = variant(diffusion_strategy=RELEASED)
         return variants | {"auto": variant(diffusion_mode="auto", diffusion_strategy=RELEASED)}

@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm_twotower.engine import pass_planner
 from vllm_twotower.engine.prefix_cache import state_column
 from vllm_twotower.kernels.seeded_mamba import seeded_conv
+from vllm_twotower.model.context import UncommittedRead
 from vllm_twotower.model.moe_cpu import CpuMoE
 
 
@@ -114,6 +115,9 @@ def _mix(projected: Tensor, output: Tensor, layer_name: Any) -> None:
     """The context tower's Mamba layer, token after token from the state of each row."""
     context, name = get_forward_context(), _resolve_layer_name(layer_name)
     mixer, metadata = context.no_compile_layers[name], context.attn_metadata[name]
+    if isinstance(metadata, UncommittedRead):  # in torch as it is
+        mixer.conv_ssm_forward(projected, output)
+        return
     conv_cache, ssm_cache = mixer.kv_cache
     index, rows = metadata.state_indices, len(metadata.seq_lens)
     width = len(projected) // rows
@@ -122,7 +126,7 @@ def _mix(projected: Tensor, output: Tensor, layer_name: Any) -> None:
     xbc, dt = projected[:, inner:].view(rows, width, -1).split([mixer.tped_conv_size, mixer.tped_dt_size], -1)
     before = conv_cache[index].masked_fill(is_first, 0)
     state = ssm_cache[index].float().masked_fill(is_first[..., None], 0)
-    conv = seeded_conv(xbc, before, mixer.conv_weights, mixer.conv1d.bias)
+    conv = seeded_conv(torch.cat((before, xbc), 1), mixer.conv_weights, mixer.conv1d.bias)
     x, b, c = mixer.split_hidden_states_B_C_fn(conv)
     per_group = mixer.num_heads // mixer.n_groups
     x = x.unflatten(-1, (-1, mixer.head_dim))

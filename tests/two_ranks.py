@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 TRAINED = ROOT / "models/tiny-twotower"
 PROBLEMS = [json.loads(line)["prompt"] for line in (TRAINED / "heldout.jsonl").read_text().splitlines()[:12]]
-MODES = ("ar", "mask_diffusion")
+MODES = ("ar", "mask_diffusion", "verified")
 
 
 def random_requests() -> list[RandomRequest]:

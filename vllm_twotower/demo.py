@@ -1,4 +1,4 @@
-"""``vllm-twotower demo``: a few prompts through vLLM's engine, filled by mask diffusion and then token by token."""
+"""``vllm-twotower demo``: a few prompts through vLLM's engine, by mask diffusion, verified drafts, and token by token."""
 
 from __future__ import annotations
 
@@ -37,7 +37,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _show(llm: LLM, prompts: list[str], args: argparse.Namespace) -> None:
     diffusion = {"diffusion_confidence_threshold": args.confidence_threshold}
-    for options in (diffusion, {"diffusion_mode": "ar"}):
+    modes = {
+        "mask diffusion": diffusion,
+        "verified": diffusion | {"diffusion_mode": "verified"},
+        "autoregressive": {"diffusion_mode": "ar"},
+    }
+    for options in modes.values():
         generate(llm, prompts[:1], args.max_tokens, options)  # the first request pays for lazy initialisation
 
     for prompt in prompts:
@@ -48,10 +53,14 @@ def _show(llm: LLM, prompts: list[str], args: argparse.Namespace) -> None:
         )
     print(f"\nAll {len(prompts)} prompts in one batch:")
     print(f"{'':16}{'tokens':>8}{'passes':>8}{'tokens/pass':>13}{'tokens/s':>10}")
-    for title, options in (("mask diffusion", diffusion), ("autoregressive", {"diffusion_mode": "ar"})):
+    texts = {}
+    for title, options in modes.items():
         total = generate(llm, prompts, args.max_tokens, options)
+        texts[title] = total.texts
         per_pass, per_second = total.tokens / total.passes, total.tokens / total.seconds
         print(f"{title:16}{total.tokens:8}{total.passes:8}{per_pass:13.2f}{per_second:10.0f}")
+    same = sum(map(str.__eq__, texts["verified"], texts["autoregressive"]))
+    print(f"\nVerified, {same} of {len(prompts)} texts are exactly the autoregressive ones.")
 
 
 def heldout_prompts(model: Path, count: int = 6) -> list[str]:

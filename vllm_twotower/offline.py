@@ -62,8 +62,8 @@ def generate(llm: LLM, prompts: list[str], max_tokens: int, options: dict, ignor
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=ignore_eos, extra_args=options)
-    is_ar = options.get("diffusion_mode") == "ar"
-    passes = tower_passes(llm, is_ar)
+    mode = options.get("diffusion_mode")
+    passes = tower_passes(llm, mode)
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
@@ -71,12 +71,13 @@ def generate(llm: LLM, prompts: list[str], max_tokens: int, options: dict, ignor
     return Answers(
         [completion.text for completion in completions],
         sum(len(completion.token_ids) for completion in completions),
-        tower_passes(llm, is_ar) - passes,
+        tower_passes(llm, mode) - passes,
         seconds,
     )
 
 
-def tower_passes(llm: LLM, is_ar: bool) -> int:
-    """Passes of all requests so far: of the denoiser, or for autoregressive ones of the context tower."""
-    name = "vllm:twotower_num_context_passes" if is_ar else "vllm:diffusion_num_denoising_steps"
-    return sum(m.value for m in llm.get_metrics() if m.name == name)
+def tower_passes(llm: LLM, mode: str | None) -> int:
+    """Passes of all requests so far that give tokens in a mode: of the denoiser, of the context tower, or of both."""
+    context, denoiser = "vllm:twotower_num_context_passes", "vllm:diffusion_num_denoising_steps"
+    names = {"ar": (context,), "verified": (context, denoiser)}.get(mode, (denoiser,))
+    return sum(m.value for m in llm.get_metrics() if m.name in names)

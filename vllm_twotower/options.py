@@ -178,6 +178,7 @@ class EngineOptions:
             defaults[name] = checks[name](f"{where}.{name}", value, vocab_size)
         steps = canvas_length if max_denoising_steps is None else max_denoising_steps
         _integer("diffusion_config.max_denoising_steps", steps, 1, MAX_STEPS)
+        _integer("diffusion_config.canvas_length", canvas_length, 1, MAX_STEPS)
         options = cls(canvas_length, steps, **defaults)
         options.check_mode(f"{where}.mode", options.mode)
         return options

@@ -66,7 +66,7 @@ def filled(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Filled:
     def record(of_rows, *args):
         for name, (_, num_tokens) in of_rows.items():
             if num_tokens and known[name].options.mode == "auto":
-                made[name.split("-")[0]].append((known[name].is_ar, num_tokens))
+                made[name.split("-")[0]].append((known[name].mode == "ar", num_tokens))
         count(of_rows, *args)
 
     monkeypatch.setattr(known, "count", record)
@@ -76,8 +76,9 @@ def filled(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Filled:
 def at_random(monkeypatch: pytest.MonkeyPatch, share_of_ar: float) -> None:
     rng = random.Random(0)
 
-    def choose(self, step, num_open):
-        return ModeDecision("ar" if rng.random() < share_of_ar else "mask_diffusion", "at random", 1.0, 1.0)
+    def choose(self, step, num_open, lossless):
+        other = "verified" if lossless else "mask_diffusion"
+        return ModeDecision("ar" if rng.random() < share_of_ar else other, "at random", {"ar": 1.0, other: 1.0})
 
     monkeypatch.setattr(ModeControl, "choose", choose)
 
@@ -104,6 +105,26 @@ def test_switches_at_any_border(llm: LLM, filled: Filled, monkeypatch: pytest.Mo
         assert tokens_of([output]) == [tokens[: param.max_tokens]]
         pairs |= {(before, after) for (before, _), (after, _) in zip(made, made[1:], strict=False)}
     assert pairs == {(False, False), (False, True), (True, False), (True, True)}
+
+
+def test_lossless_text_does_not_depend_on_choices(llm: LLM, filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each choice follows each other, beside requests that may choose mask diffusion."""
+    at_random(monkeypatch, 0.5)
+    prompts = [random_prompt(1 + 13 * i, i) for i in range(16)]
+    lossless = {"diffusion_lossless": True}
+
+    def params(i: int, **extra: object) -> SamplingParams:
+        options = {"temperature": 0.0 if i % 2 else 0.9, "seed": i, "allowed_token_ids": [7, 9 + i, 90]}
+        return SamplingParams(**options, ignore_eos=True, max_tokens=60 - i, extra_args=extra)
+
+    expected = generate(llm, prompts, [params(i, diffusion_mode="ar") for i in range(16)])
+    mixed = [params(i, **(lossless if i < 16 else {})) for i in range(20)]
+    outputs = generate(llm, prompts + prompts[:4], mixed)
+    assert tokens_of(outputs[:16]) == tokens_of(expected)
+    made = [filled[output.request_id] for output in outputs[:16]]
+    pairs = {pair for of_one in made for pair in zip(of_one, of_one[1:], strict=False)}
+    assert {(before, after) for (before, _), (after, _) in pairs} == {(a, b) for a in (0, 1) for b in (0, 1)}
+    assert any(count > 1 for of_one in made for is_ar, count in of_one if not is_ar)
 
 
 def test_text_of_both_modes_is_found(llm: LLM, filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,9 @@ PROBLEMS = 24
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The command's folder; in a process of its own, since an engine may run in this one."""
     folder = tmp_path_factory.mktemp("evaluation") / "results"
-    options = "--problems {} --thresholds 0.8 1.0 --steps 2 --widths 8 32 --speed-problems 2 --rounds 1"
+    options = (
+        "--problems {} --thresholds 0.8 1.0 --steps 2 --draft-steps 1 2 --widths 8 32 --speed-problems 2 --rounds 1"
+    )
     options += " --likelihood-problems 6 --max-tokens 48 --dtype float32"
     subprocess.run(
         [sys.executable, "-m", "vllm_twotower.cli", "eval", str(REPOSITORY / "models" / "tiny-twotower"), "--output"]
@@ -39,8 +41,8 @@ def results(output: Path) -> dict:
 
 def test_every_score_counts_every_problem(results: dict):
     scores = [*results["reported"].values(), *results["thresholds"].values()]
-    scores += [*results["steps"].values(), *results["widths"].values()]
-    assert len(scores) == 3 + 2 + 1 + 2
+    scores += [*results["steps"].values(), *results["drafts"].values(), *results["widths"].values()]
+    assert len(scores) == 4 + 2 + 1 + 3 + 2
     for one in scores:
         assert one["problems"] == PROBLEMS
         assert sum(right for right, _ in one["right_by_family"].values()) == one["right"] <= PROBLEMS
@@ -64,6 +66,14 @@ def test_passes_follow_the_settings(results: dict):
     assert results["speed"]["ar"] > 0
 
 
+def test_verified_texts_are_those_of_ar(results: dict):
+    verified = [results["reported"]["verified"], *results["drafts"].values()]
+    assert [one["identical"] for one in verified] == [PROBLEMS] * 4
+    assert [one["right"] for one in verified] == [results["reported"]["ar"]["right"]] * 4
+    assert all(one["accepted"] > 8 and one["tokens_per_pass"] > 2 for one in verified)
+    assert results["reported"]["threshold 0.8"]["identical"] <= PROBLEMS
+
+
 def test_the_rest_is_written(output: Path, results: dict):
     found = results["likelihood"]
     assert 0 < found["context"] < found["denoiser_bound"]
@@ -76,5 +86,5 @@ def test_the_rest_is_written(output: Path, results: dict):
     text = (output / "results.md").read_text()
     assert f"of {PROBLEMS}" in text
     assert "| threshold | right |" in text
-    for name in ("quality.png", "steps_per_block.png", "unmasking.png"):
+    for name in ("quality.png", "steps_per_block.png", "unmasking.png", "accepted.png"):
         assert (output / name).stat().st_size > 5000

@@ -17,7 +17,7 @@ ALLOWED = sorted(range(5, 320, 3))
 MASK_TOKEN_ID = golden_data.record("A")["mask_token_id"]
 PROMPTS = [list(range(7, 7 + length)) for length in (3, 17, 40)]
 SAMPLING = ({"temperature": 0}, {"temperature": 1.0, "seed": 4}, {"temperature": 0.7, "seed": 9, "top_p": 0.9})
-MODES = ("mask_diffusion", "ar", "auto")
+MODES = ("mask_diffusion", "ar", "verified", "auto")
 
 
 class OnlyMultiples(LogitsProcessor):
@@ -67,31 +67,37 @@ def answers(llm: LLM, mode: str, extra: dict, **rules: object) -> list[tuple[int
     return engines.tokens_of(engines.generate(llm, [prompt for prompt, _ in pairs], [one for _, one in pairs]))
 
 
-@pytest.mark.parametrize("mode", MODES[:2])
+@pytest.mark.parametrize("mode", MODES[:3])
 def test_as_if_only_some_tokens_were_allowed(llm: LLM, mode: str) -> None:
     changed = answers(llm, mode, {"offset": ALLOWED[0]})
     assert changed == answers(llm, mode, {}, allowed_token_ids=ALLOWED)
     assert changed != answers(llm, mode, {})
 
 
+def test_verified_as_ar(llm: LLM) -> None:
+    assert answers(llm, "verified", {"offset": ALLOWED[0]}) == answers(llm, "ar", {"offset": ALLOWED[0]})
+
+
 def test_auto(llm: LLM) -> None:
     assert set().union(*answers(llm, "auto", {"offset": ALLOWED[0]})) <= set(ALLOWED)
 
 
-@pytest.mark.parametrize("mode", MODES[:2])
+@pytest.mark.parametrize("mode", MODES[:3])
 def test_rows_say_where_they_are(llm: LLM, mode: str) -> None:
     """The token before each row: the sequence's newest, or within a block the one beside it, perhaps still masked."""
     OnlyMultiples.seen.clear()
     answers(llm, mode, {"offset": ALLOWED[0]})
     assert OnlyMultiples.seen
-    is_block = mode == "mask_diffusion"
+    seen_of_blocks = set()
     for ctx, newest in OnlyMultiples.seen:
         is_first = ctx.expanded_local_pos == 0
         assert torch.equal(ctx.input_ids[is_first], newest[is_first].int())
-        assert is_first.all() != is_block
+        seen_of_blocks.add(not is_first.all())
         beside = set(ctx.input_ids[~is_first].tolist())
         assert beside <= {*ALLOWED, MASK_TOKEN_ID}
         assert ctx.idx_mapping.tolist() == ctx.idx_mapping_np.tolist()
+    # A draft is a block, and what verifies it is not.
+    assert seen_of_blocks == {"mask_diffusion": {True}, "ar": {False}, "verified": {True, False}}[mode]
 
 
 def test_arguments_are_checked(llm: LLM) -> None:

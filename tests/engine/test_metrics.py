@@ -21,13 +21,12 @@ from vllm.v1.request import RequestStatus
 
 from vllm_twotower.engine.metrics import (
     BLOCKS,
+    BUCKETS,
     CONTEXT_PASSES,
     FORCED_BLOCKS,
     HELP,
-    STEPS_BUCKETS,
     STEPS_PER_BLOCK,
 )
-from vllm_twotower.model.denoiser import CONTEXT_PREFIX
 from vllm_twotower.reference import TwoTowerModel, generate_mask_diffusion
 from vllm_twotower.reference.generate import Generation
 
@@ -116,7 +115,7 @@ class Counted:
             f"{STEPS_PER_BLOCK}_sum": sum(steps for steps, _ in blocks),
             f"{STEPS_PER_BLOCK}_le_inf": len(blocks),
         }
-        for bound in STEPS_BUCKETS:
+        for bound in BUCKETS[STEPS_PER_BLOCK]:
             expected[f"{STEPS_PER_BLOCK}_le_{bound}"] = sum(steps <= bound for steps, _ in blocks)
         assert {name: self.grew[name] for name in expected} == expected
 
@@ -136,7 +135,7 @@ def counted(llm: LLM) -> Iterator[Counted]:
         is_first = step.plan is None
         plan = plan_pass(step)
         if plan.context is not None:
-            metadata = next(found for layer, found in plan.attention.metadata.items() if CONTEXT_PREFIX in layer)
+            metadata = next(iter(plan.context.attention.metadata.values()))
             result.ran["context passes"] += len(metadata.seq_lens)
         if plan.canvas is not None:
             result.ran["denoiser passes"] += len(plan.canvas.time)

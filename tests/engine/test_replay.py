@@ -27,7 +27,7 @@ from vllm import LLM, SamplingParams
 from vllm._custom_ops import CPUDNNLGEMMHandler
 from vllm.forward_context import set_forward_context
 
-from vllm_twotower.engine.fill import fill_canvases
+from vllm_twotower.engine.fill import fill_canvases, num_accepted
 from vllm_twotower.engine.model_state import TwoTowerModelState
 from vllm_twotower.engine.pass_buffers import PassBuffers
 from vllm_twotower.engine.pass_plan import PassPlan
@@ -46,10 +46,12 @@ class Kind:
 
     name: str
     width: int
-    is_denoiser: bool = False
+    run: int = 0
+    """Which of the runs of a pass it is."""
 
 
-CANVAS, READ, NEXT = Kind("canvas", WIDTH, is_denoiser=True), Kind("16 tokens", WIDTH), Kind("1 token", 1)
+READ, NEXT = Kind("16 tokens", WIDTH), Kind("1 token", 1)
+DRAFT, CANVAS = Kind("draft", WIDTH, run=1), Kind("canvas", WIDTH, run=2)
 
 
 class Replayer:
@@ -84,10 +86,13 @@ class Replayer:
         self.replays: Counter[tuple[str, int]] = Counter()
         self.seen: Counter[str] = Counter()
 
-    def plan(self, step: Any, context: DeviceRows, denoiser: DeviceRows, gets_token: np.ndarray) -> PassPlan:
+    def plan(
+        self, step: Any, context: DeviceRows, drafts: DeviceRows, denoiser: DeviceRows, gets_token: np.ndarray
+    ) -> PassPlan:
         """In the place of the model state's: first makes its pass by replay."""
         of_kind = {
             CANVAS: denoiser.host,
+            DRAFT: drafts.host,
             READ: context.host.take(np.flatnonzero((context.host.lengths == WIDTH) & ~gets_token)),
             NEXT: context.host.take(np.flatnonzero((context.host.lengths == 1) & gets_token)),
         }
@@ -97,13 +102,13 @@ class Replayer:
             if len(rows) and is_plain.all():
                 self._note(kind, rows)
                 self._compare(replace(step, plan=None), kind, rows)
-        return self.plan_towers(step, context, denoiser, gets_token)
+        return self.plan_towers(step, context, drafts, denoiser, gets_token)
 
     def _note(self, kind: Kind, rows: TowerRows) -> None:
         page = self.state.planner.state_block_size
         self.seen["rows that fill up"] += len(rows) not in BUCKETS
-        self.seen["short canvas"] += kind.is_denoiser and bool((rows.lengths < WIDTH).any())
-        self.seen["fresh prompt"] += not kind.is_denoiser and bool((rows.starts == 0).any())
+        self.seen[f"short {kind.name}"] += kind.run > 0 and bool((rows.lengths < WIDTH).any())
+        self.seen["fresh prompt"] += kind.run == 0 and bool((rows.starts == 0).any())
         self.seen["page border"] += bool((rows.starts // page != (rows.ends - 1) // page).any())
         self.seen["first token of a page"] += bool((rows.starts % page == 0).any())
 
@@ -142,22 +147,17 @@ class Replayer:
         self.recordings[key] = Recording(run, self.known)
         return self.recordings[key].result
 
-    def _send(
-        self, step: Any, kind: Kind, rows: TowerRows, bucket: tuple[int, int] | None
-    ) -> tuple[DeviceRows, DeviceRows]:
-        if kind.is_denoiser:
-            return self.buffers.send(step.rows.slots, NO_ROWS, rows, None, bucket)
-        return self.buffers.send(step.rows.slots, rows, NO_ROWS, bucket, None)
+    def _send(self, step: Any, kind: Kind, rows: TowerRows, bucket: tuple[int, int] | None) -> list[DeviceRows]:
+        runs, buckets = [NO_ROWS] * 3, [None] * 3
+        runs[kind.run], buckets[kind.run] = rows, bucket
+        return self.buffers.send(step.rows.slots, *runs, buckets)
 
-    def _pass(self, step: Any, context: DeviceRows, denoiser: DeviceRows) -> dict[str, Tensor]:
+    def _pass(self, step: Any, *runs: DeviceRows) -> dict[str, Tensor]:
         """A pass from what was sent to what it decides, by row (R, ...)."""
-        rows = context if len(context) else denoiser
-        gets_token = np.full(len(context.host), rows.width == 1)
-        plan, state = self.plan_towers(step, context, denoiser, gets_token), self.state
-        attention = plan.attention
-        with set_forward_context(
-            attention.metadata, state.vllm_config, num_tokens=plan.num_tokens, slot_mapping=attention.slot_mapping
-        ):
+        [rows] = [run for run in runs if len(run)]
+        gets_token = np.full(len(runs[0].host), rows.width == 1)
+        plan, state = self.plan_towers(step, *runs, gets_token), self.state
+        with set_forward_context({}, state.vllm_config, num_tokens=plan.num_tokens):
             logits = state.model.run(plan)
         if plan.canvases is not None:
             [(part, predicted)] = self.decision.predict(
@@ -165,6 +165,12 @@ class Replayer:
             )
             filled = fill_canvases(part, predicted, self.table.rules)
             return {"hidden": logits.denoiser.view(len(rows), rows.width, -1), **vars(filled)}
+        if plan.drafted is not None:
+            [(part, predicted)] = self.decision.predict(plan.drafted, logits.drafts, logits.context_head, logits.tile)
+            tokens = predicted.tokens.view(len(rows), -1)
+            counts = num_accepted(part, tokens)
+            state.planner.advance_states(plan, counts)
+            return {"hidden": logits.drafts.view(len(rows), rows.width, -1), "tokens": tokens, "counts": counts}
         if plan.next_tokens is None:
             return {}
         [(_, predicted)] = self.decision.predict(plan.next_tokens, logits.context, logits.context_head, logits.tile)
@@ -186,7 +192,9 @@ def draw_requests(rng: random.Random) -> list[list[tuple[list[int], SamplingPara
     for size in (7, 4, 2, 1):
         batches.append([draw_one(40, diffusion_max_steps=1) for _ in range(size)])
         batches.append([draw_one(6, diffusion_mode="ar") for _ in range(size)])
+        batches.append([draw_one(6, diffusion_mode="verified") for _ in range(size)])
     mixed = [draw_one(rng.randint(1, 40), diffusion_mode="ar") for _ in range(4)]
+    mixed += [draw_one(20, diffusion_mode="verified", diffusion_canvas_length=rng.choice((9, 16))) for _ in range(3)]
     for _ in range(8):
         threshold, length = rng.choice((0.02, 0.1, 0.8)), rng.choice((WIDTH, rng.randint(1, WIDTH)))
         options = {"diffusion_confidence_threshold": threshold, "diffusion_canvas_length": length}
@@ -207,6 +215,6 @@ def test_passes_are_replayed(checkpoint: str) -> None:
         patch.setattr(replayer.state.planner, "plan_towers", replayer.plan)
         replayed = [tokens_of(generate(llm, *batch)) for batch in batches]
     assert replayed == expected
-    assert set(replayer.replays) == {(kind.name, rows) for kind in (CANVAS, READ, NEXT) for rows in BUCKETS}
+    assert set(replayer.replays) == {(kind.name, rows) for kind in (CANVAS, DRAFT, READ, NEXT) for rows in BUCKETS}
     assert min(replayer.replays.values()) > 1, replayer.replays
     assert all(replayer.seen.values()), replayer.seen

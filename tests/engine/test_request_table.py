@@ -29,8 +29,8 @@ from vllm_twotower.options import RequestOptions
 DOCUMENT = Path(__file__).parents[2] / "docs" / "requests.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 PROMPT = [5, 60, 7, 200, 31]
-BLOCKS, AUTOREGRESSIVE = ("mask_diffusion",), ("ar",)
-MODES = BLOCKS + AUTOREGRESSIVE
+BLOCKS, VERIFIED, AUTOREGRESSIVE = ("mask_diffusion",), ("verified",), ("ar",)
+MODES = BLOCKS + VERIFIED + AUTOREGRESSIVE
 """Not ``auto``, whose requests go through these modes."""
 
 
@@ -53,10 +53,16 @@ class Asker:
         return list(self.ask(**options).outputs[0].token_ids)
 
     def check(self, **options: Any) -> list[int]:
-        """The request's tokens, which are the oracle's, and so are the reason of its end and its log-probabilities."""
+        """The request's tokens, which are the oracle's, and so are the reason of its end and its log-probabilities.
+
+        The oracle knows ``verified`` as ``ar``.
+        """
         output = self.ask(**options)
         [completion] = output.outputs
-        params = SamplingParams(**self.options(**options))
+        asked = self.options(**options)
+        if self.mode in VERIFIED:
+            asked["extra_args"] = {"diffusion_mode": "ar"}
+        params = SamplingParams(**asked)
         params.update_from_tokenizer(self.llm.get_tokenizer())
         want = expected(model(), PROMPT, params)
         assert list(completion.token_ids) == want.token_ids
@@ -68,8 +74,9 @@ class Asker:
         return want.token_ids
 
     def check_effect(self, base: dict[str, Any], **options: Any) -> None:
-        """As :meth:`check`, and ``options`` give other tokens than ``base`` alone."""
-        assert self.check(**base) != self.check(**{**base, **options})
+        """As :meth:`check`, and ``options`` give other tokens than ``base`` alone, unless they are those of drafts."""
+        changes = self.mode not in VERIFIED or options.keys() != {"extra_args"}
+        assert (self.check(**base) != self.check(**{**base, **options})) == changes
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class Option:
 
     def cells(self) -> list[str]:
         name = "`vllm_xargs`: " if self.name.startswith("diffusion_") else ""
-        columns = ["yes" if group[0] in self.honoured else "refused" for group in (BLOCKS, AUTOREGRESSIVE)]
+        columns = ["yes" if mode in self.honoured else "refused" for mode in MODES]
         return [f"{name}`{self.name}`", *columns, self.meaning]
 
 
@@ -172,17 +179,26 @@ def check_stream(asker: Asker) -> None:
     while engine.has_unfinished_requests():
         pieces += [list(output.outputs[0].token_ids) for output in engine.step()]
     assert [token for piece in pieces for token in piece] == asker.tokens(**FREE)
-    assert [len(piece) for piece in pieces] == [16, 16, 8]
+    assert asker.mode in VERIFIED or [len(piece) for piece in pieces] == [16, 16, 8]
 
 
-def block_option(name: str, meaning: str, value: Any, base: dict[str, Any] | None = None) -> Option:
+def block_option(
+    name: str,
+    meaning: str,
+    value: Any,
+    base: dict[str, Any] | None = None,
+    honoured: tuple[str, ...] = BLOCKS + VERIFIED,
+) -> Option:
     """An option of the block sampler, set on top of the options ``base``."""
-    base, greedy = base or {}, {"ignore_eos": True, "seed": 1}
+    greedy = {"ignore_eos": True, "seed": 1}
 
     def check(asker: Asker) -> None:
-        asker.check_effect({**greedy, "extra_args": base}, extra_args={**base, name: value})
+        of_base = dict(base or {})
+        if asker.mode in VERIFIED and (steps := of_base.pop("diffusion_max_steps", None)):
+            of_base["diffusion_draft_steps"] = steps
+        asker.check_effect({**greedy, "extra_args": of_base}, extra_args={**of_base, name: value})
 
-    return Option(name, meaning, check, BLOCKS, value)
+    return Option(name, meaning, check, honoured, value)
 
 
 OPTIONS = (
@@ -235,18 +251,29 @@ OPTIONS = (
     ),
     Option("prompt_logprob_token_ids", "the context tower's", check_prompt_token_ids),
     Option("repetition_detection", "as in any model: cuts inside a block", check_repetition),
-    Option("output_kind", "streaming sends whole blocks", check_stream),
+    Option("output_kind", "streaming sends whole blocks, or what was accepted of one", check_stream),
     Option(
         "structured_outputs",
-        "a grammar needs tokens one after another; JSON schema, regex, choice and grammar work in the other modes",
+        "a grammar needs tokens one after another; JSON schema, regex, choice and grammar work in the other modes, "
+        "without drafts",
         check_grammar,
-        AUTOREGRESSIVE,
+        VERIFIED + AUTOREGRESSIVE,
         StructuredOutputsParams(regex="a+"),
     ),
     Option("thinking_token_budget", "not supported", None, (), 3),
     Option("trace_decode_token_ids", "not supported", None, (), [5]),
     block_option("diffusion_canvas_length", "tokens denoised at once, 1 to the served length", 5),
-    block_option("diffusion_max_steps", "passes a block may take, 1 to 1024; the last one decides what is left", 2),
+    block_option(
+        "diffusion_max_steps", "passes a block may take, 1 to 1024; the last one decides what is left", 2, None, BLOCKS
+    ),
+    block_option("diffusion_draft_steps", "passes that draft a block, 1 to 1024", 2, None, VERIFIED),
+    block_option(
+        "diffusion_lossless",
+        "of `auto` alone: it chooses between `verified` and `ar`, so its text does not depend on the choice",
+        True,
+        None,
+        (),
+    ),
     block_option("diffusion_confidence_threshold", "of `confidence_unmasking`: (0, 1]", 0.05),
     block_option(
         "diffusion_strategy", "which predictions a pass keeps, see below", "posterior", {"diffusion_max_steps": 3}
@@ -292,7 +319,7 @@ ELSEWHERE = {
 
 
 def table() -> str:
-    rows = [["option", "`mask_diffusion`", "`ar`", "meaning in a block"], ["---"] * 4]
+    rows = [["option", *(f"`{mode}`" for mode in MODES), "meaning in a block"], ["---"] * 5]
     rows += [option.cells() for option in OPTIONS]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 

@@ -26,20 +26,22 @@ class Engine:
         self.control, self.seconds, self.step, self.now = ModeControl(WIDTH), seconds, 0, 0.0
         monkeypatch.setattr(mode_control.time, "perf_counter", lambda: self.now)
 
-    def run(self, steps: int, num_open: int = 8, passes: int = 4, reads_prompts: bool = False) -> list[BlockMode]:
+    def run(
+        self, steps: int, num_open: int = 8, passes: int = 4, reads_prompts: bool = False, lossless: bool = False
+    ) -> list[BlockMode]:
         """The modes chosen; a block takes so many steps of the denoiser, or one of the context tower."""
         modes = []
         for _ in range(steps):
             self.step += 1
-            mode = self.control.choose(self.step, num_open).mode
+            mode = self.control.choose(self.step, num_open, lossless).mode
             self.control.step_starts()
             if mode == "ar":
                 self.now += self.seconds[mode]
-                self.control.step_ends(num_open, 0, num_open * WIDTH, reads_prompts)
+                self.control.step_ends({mode: num_open}, num_open * WIDTH, reads_prompts)
             else:
                 self.now += self.seconds[mode] / passes
                 tokens = 0 if self.step % passes else num_open * WIDTH
-                self.control.step_ends(0, num_open, tokens, reads_prompts)
+                self.control.step_ends({mode: num_open}, tokens, reads_prompts)
             modes.append(mode)
         return modes
 
@@ -123,9 +125,9 @@ def test_one_decision_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_steps_of_both_modes_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     control = Engine(monkeypatch, {}).control
-    control.step_ends(3, 5, 128)
-    control.step_ends(0, 0, 0)
-    assert (control.choose(1, 8).ar_seconds, control.choose(1, 8).diffusion_seconds) == (0, 0)
+    control.step_ends({"ar": 3, "mask_diffusion": 5}, 128)
+    control.step_ends({}, 0)
+    assert control.choose(1, 8).seconds == {"mask_diffusion": 0, "ar": 0}
 
 
 def test_a_step_in_which_it_is_made_is_measured_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,5 +136,17 @@ def test_a_step_in_which_it_is_made_is_measured_from_there(monkeypatch: pytest.M
     monkeypatch.setattr(mode_control.time, "perf_counter", lambda: now[0])
     control = ModeControl(WIDTH)
     now[0] += 0.25
-    control.step_ends(1, 0, WIDTH)
-    assert control.choose(1, 1).ar_seconds == pytest.approx(0.25)
+    control.step_ends({"ar": 1}, WIDTH)
+    assert control.choose(1, 1).seconds["ar"] == pytest.approx(0.25)
+
+
+def test_lossless_requests_choose_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between ``ar``, of which all know the same, and ``verified``."""
+    seconds: dict[BlockMode, float] = {"ar": 0.2, "mask_diffusion": 0.1, "verified": 0.4}
+    engine = Engine(monkeypatch, seconds)
+    engine.run(10 * BLOCKS_TO_TRY)
+    assert engine.run(MIN_DWELL)[-1] == "mask_diffusion"
+    tries = engine.run(10 * BLOCKS_TO_TRY, lossless=True)
+    assert set(tries) == {"verified", "ar"}
+    assert set(engine.run(MIN_DWELL, lossless=True)) == {"ar"}
+    assert engine.run(MIN_DWELL)[-1] == "mask_diffusion"

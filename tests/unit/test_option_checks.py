@@ -27,17 +27,23 @@ def model_config(engine: EngineOptions = ENGINE) -> SimpleNamespace:
 
 
 def test_defaults() -> None:
-    assert resolve() == EngineOptions(16, 16, 0.8, 3, "mask_diffusion", "auto", 64)
+    assert resolve() == EngineOptions(16, 16, 0.8, 3, "mask_diffusion", False, 1, "auto", 64)
     assert RequestOptions.parse(None, resolve(None, 16, 8)).max_steps == 8
     assert RequestOptions.parse(None, ENGINE) == RequestOptions(
-        "mask_diffusion", 0.8, 16, 16, "confidence_unmasking", "linear", False, "confidence"
+        "mask_diffusion", 0.8, 16, 16, "confidence_unmasking", "linear", False, "confidence", False, 1
     )
 
 
 def test_engine_options_are_taken() -> None:
-    own = {"mode": "ar", "denoise_steps_per_engine_step": 4, "prompt_tokens_beside_blocks": 100}
+    own = {
+        "mode": "ar",
+        "lossless": True,
+        "draft_steps": 2,
+        "denoise_steps_per_engine_step": 4,
+        "prompt_tokens_beside_blocks": 100,
+    }
     given = {"twotower": {"confidence_threshold": 0.5, "mask_token_id": 7, **own}}
-    assert resolve(given, 32, 8) == EngineOptions(32, 8, 0.5, 7, "ar", 4, 100)
+    assert resolve(given, 32, 8) == EngineOptions(32, 8, 0.5, 7, "ar", True, 2, 4, 100)
     assert RequestOptions.parse(None, resolve(given)).mode == "ar"
     assert resolve({"twotower": {"denoise_steps_per_engine_step": "auto"}}).denoise_steps_per_engine_step == "auto"
     assert EngineOptions.resolve(None, 16, None, 320, mask_token_id=9).mask_token_id == 9  # the checkpoint's own
@@ -66,6 +72,8 @@ def test_a_process_that_is_sent_the_options_loads_plugins(monkeypatch: pytest.Mo
         ({"mode": "mock_ar"}, ("mode", "'mock_ar'", "removed", "generate_mock_ar")),
         ({"denoise_steps_per_engine_step": 0}, ("denoise_steps_per_engine_step", "0", "auto", "at least 1")),
         ({"denoise_steps_per_engine_step": "all"}, ("denoise_steps_per_engine_step", "'all'", "auto")),
+        ({"lossless": "yes"}, ("lossless", "'yes'", "true or false")),
+        ({"draft_steps": 0}, ("draft_steps", "0", "from 1 to 1024")),
         ({"prompt_tokens_beside_blocks": 0}, ("prompt_tokens_beside_blocks", "0", "at least 1")),
         ([1], ("twotower", "[1]")),
     ],
@@ -128,6 +136,9 @@ def test_a_request_may_take_more_steps_than_the_default(steps: int) -> None:
         ("diffusion_adaptive_unmasking", "true"),
         ("diffusion_adaptive_unmasking", 2),
         ("diffusion_remasking", 1),
+        ("diffusion_draft_steps", 0),
+        ("diffusion_draft_steps", "auto"),
+        ("diffusion_lossless", "true"),
         ("diffusion_temperature", 1),
         ("something", "else"),
     ],
@@ -143,6 +154,49 @@ def test_block_options_have_no_meaning_for_autoregressive_requests() -> None:
     for name, value in (("diffusion_confidence_threshold", 0.5), ("diffusion_canvas_length", 8)):
         with pytest.raises(RequestError, match=f"{name}.*'ar'"):
             RequestOptions.parse({"diffusion_mode": "ar", name: value}, ENGINE)
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "words"),
+    [
+        ({"diffusion_mode": "verified", "diffusion_max_steps": 4}, "diffusion_max_steps", "diffusion_draft_steps"),
+        ({"diffusion_mode": "verified", "diffusion_lossless": True}, "diffusion_lossless", "'verified'"),
+        ({"diffusion_lossless": False}, "diffusion_lossless", "'mask_diffusion'"),
+        ({"diffusion_draft_steps": 2}, "diffusion_draft_steps", "'mask_diffusion'"),
+        ({"diffusion_mode": "auto", "diffusion_draft_steps": 2}, "diffusion_draft_steps", "diffusion_lossless false"),
+        (
+            {"diffusion_mode": "auto", "diffusion_lossless": 1, "diffusion_max_steps": 4},
+            "diffusion_max_steps",
+            "'auto' and diffusion_lossless true; use diffusion_draft_steps",
+        ),
+    ],
+)
+def test_options_of_another_mode_are_refused(given: dict[str, object], name: str, words: str) -> None:
+    with pytest.raises(RequestError, match=f"{name}=.*has no meaning with .*{words}"):
+        RequestOptions.parse(given, ENGINE)
+
+
+def test_what_a_request_is_drafted_with() -> None:
+    """Its own options, or the engine's; an ``auto`` request only if it is to be lossless."""
+    engine = EngineOptions(mode="auto", lossless=True, draft_steps=2)
+    options = RequestOptions.parse(None, engine)
+    assert (options.verifies, options.fills_blocks, options.passes_per_block) == (True, False, 2)
+    options = RequestOptions.parse({"diffusion_lossless": 0}, engine)
+    assert (options.verifies, options.fills_blocks, options.passes_per_block) == (False, True, 16)
+    options = RequestOptions.parse({"diffusion_mode": "verified", "diffusion_draft_steps": 3}, engine)
+    assert (options.verifies, options.lossless, options.passes_per_block) == (True, False, 3)
+    options = RequestOptions.parse({"diffusion_mode": "mask_diffusion"}, engine)
+    assert (options.verifies, options.lossless, options.fills_blocks) == (False, False, True)
+
+
+@pytest.mark.parametrize("mode", ["auto", "verified"])
+def test_blocks_of_one_token_are_no_choice(mode: str) -> None:
+    with pytest.raises(RequestError, match=f"{mode}.*canvas length of 1"):
+        EngineOptions.resolve({"twotower": {"mode": mode}}, 1, 1, 320)
+    with pytest.raises(RequestError, match=f"{mode}.*canvas length of 1"):
+        RequestOptions.parse({"diffusion_mode": mode}, EngineOptions(canvas_length=1))
+    with pytest.raises(RequestError, match="diffusion_canvas_length=1.*from 2 to 16"):
+        RequestOptions.parse({"diffusion_mode": mode, "diffusion_canvas_length": 1}, ENGINE)
 
 
 @pytest.mark.parametrize(

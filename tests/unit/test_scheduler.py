@@ -30,7 +30,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_twotower
 from vllm_twotower.architecture import ARCHITECTURE
-from vllm_twotower.engine.metrics import GAUGES, HELP, STEPS_PER_BLOCK, RequestDenoisingMetrics, StepCosts, TwoTowerProm
+from vllm_twotower.engine.metrics import BUCKETS, GAUGES, HELP, RequestDenoisingMetrics, StepCosts, TwoTowerProm
 from vllm_twotower.engine.prefix_cache import check_page_size
 from vllm_twotower.engine.report import Report
 from vllm_twotower.engine.scheduler import TwoTowerScheduler
@@ -121,6 +121,7 @@ def packed(report: Report) -> int:
         context_passes=np.array([report.context_passes]),
         denoiser_passes=np.array([report.denoiser_passes]),
         is_ar=np.array([False]),
+        is_verified=np.array([report.drafted > 0]),
         room=np.array([report.width]),
         computed_unread=np.array([report.unread]),
     )
@@ -257,12 +258,30 @@ def test_few_blocks_let_many_prompts_in() -> None:
 
 def test_drafts_stand_for_the_tokens_to_come(made: TwoTowerScheduler) -> None:
     """A canvas for the denoiser, one for any number of tokens of the context tower."""
-    for mode in ("mask_diffusion", "ar"):
+    expected = {"mask_diffusion": WIDTH, "verified": WIDTH, "ar": 1}
+    for mode in expected:
         add(made, mode, 5, max_tokens=2, mode=mode)
-    step(made, {"ar": 1})
-    drafts = {name: len(request.spec_token_ids) for name, request in made.requests.items()}
-    assert drafts == {"mask_diffusion": WIDTH, "ar": 1}
-    assert made.schedule().num_scheduled_tokens == {"mask_diffusion": WIDTH, "ar": 1}
+    step(made, {"ar": 1, "verified": 1})
+    assert {name: len(request.spec_token_ids) for name, request in made.requests.items()} == expected
+    assert made.schedule().num_scheduled_tokens == expected
+
+
+def test_drafts_are_counted(made: TwoTowerScheduler) -> None:
+    """As speculative decoding has them; also as blocks, which are never forced."""
+    add(made, "a", 5, max_tokens=1 + 12 + WIDTH, mode="verified")
+    sent = []
+    make_stats = made.make_stats
+    made.make_stats = lambda *args, **kwargs: sent.append(make_stats(*args, **kwargs)) or sent[-1]
+    step(made, {"a": 1}, reports={"a": Report(1, 0, 1, 1)})
+    step(made, {"a": 12}, reports={"a": Report(1, 1, WIDTH, 1, WIDTH - 1)})
+    output = step(made, {"a": WIDTH}, reports={"a": Report(1, 2, WIDTH, 1, WIDTH - 1)})["a"]
+    costs = [StepCosts.unpack(stats.spec_decoding_stats) for stats in sent]
+    assert [cost.accepted_per_draft for cost in costs] == [[], [11], [WIDTH - 1]]
+    assert [cost.drafted_tokens for cost in costs] == [0, WIDTH - 1, WIDTH - 1]
+    assert [cost.steps_per_block for cost in costs] == [[], [1], [2]]
+    assert not any(cost.forced_blocks for cost in costs)
+    assert output.spec_decode_metrics.num_draft_tokens == 2 * (WIDTH - 1)
+    assert [n for n, count in enumerate(output.spec_decode_metrics.histogram) if count] == [11, WIDTH - 1]
 
 
 def cached_pages(made: TwoTowerScheduler) -> int:
@@ -340,7 +359,7 @@ def test_pages_hold_two_canvases() -> None:
         check_page_size(cache, 16)
 
 
-COSTS = StepCosts(3, 40, 32, 5, 1, 4, 7, 1, 250, 125, 6, [2, 16])
+COSTS = StepCosts(3, 40, 32, 5, 1, 30, 4, 7, 8, 1, 250, 125, 500, 6, [2, 16], [0, 11])
 
 
 def test_costs_travel_to_the_front_end() -> None:
@@ -348,7 +367,7 @@ def test_costs_travel_to_the_front_end() -> None:
     assert StepCosts().pack(WIDTH) is None
     metrics = RequestDenoisingMetrics.new(WIDTH)
     metrics.observe(WIDTH, 3)
-    metrics.add_pass(WIDTH, detailed=True)
+    metrics.add_passes(1, WIDTH, detailed=True)
     metrics.finish_block(WIDTH)
     sent = EngineCoreOutputs(
         outputs=[EngineCoreOutput("a", [1], spec_decode_metrics=metrics)],
@@ -373,11 +392,11 @@ def test_prometheus_keeps_engines_apart() -> None:
         made = TwoTowerProm(None, ["model_name", "engine"], {i: ["m", str(i)] for i in range(2)}, is_diffusion=True)
         made.observe(COSTS.pack(WIDTH), engine_idx=1)
         made.observe(COSTS.pack(WIDTH), engine_idx=1)
-        counters = [name for name in HELP if name != STEPS_PER_BLOCK and name not in GAUGES]
-        assert [sample(f"{name}_total", 0) for name in counters] == [0] * 7
-        assert [sample(f"{name}_total", 1) for name in counters] == [10, 4, 2, 12, 8, 14, 2]
-        assert [sample(name, 1) for name in GAUGES] == [250e-6, 125e-6]
-        assert sample(f"{STEPS_PER_BLOCK}_sum", 1) == 36
+        counters = [name for name in HELP if name not in BUCKETS and name not in GAUGES]
+        assert [sample(f"{name}_total", 0) for name in counters] == [0] * 10
+        assert [sample(f"{name}_total", 1) for name in counters] == [10, 4, 2, 12, 60, 22, 8, 14, 16, 2]
+        assert [sample(name, 1) for name in GAUGES] == [250e-6, 125e-6, 500e-6]
+        assert [sample(f"{name}_sum", 1) for name in BUCKETS] == [36, 22]
         assert sample("vllm:diffusion_num_committed_tokens_total", 1) == 64
     unregister_vllm_metrics()
 

@@ -1,4 +1,4 @@
-"""The denoiser's Mamba kernels against a token-by-token recurrence."""
+"""The Mamba kernels of canvases and drafts against a token-by-token recurrence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vllm_twotower.kernels.seeded_mamba import seeded_conv, seeded_scan
+from vllm_twotower.kernels.seeded_mamba import advanced_state, seeded_conv, seeded_scan
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
 
@@ -32,6 +32,10 @@ def test_scan_equals_the_recurrence(device: str, positions: int, groups: int) ->
         state = decay * state + torch.einsum("rn,rnp,rns->rnps", dt[:, i], x[:, i], b_i)
         expected = torch.einsum("rnps,rns->rnp", state, c_i) + d[:, None] * x[:, i]
         torch.testing.assert_close(y[:, i], expected, atol=1e-4, rtol=1e-4)
+        is_read = torch.arange(positions, device=device) <= i
+        advanced = advanced_state(x, dt * is_read[:, None], a, b, seed)
+        torch.testing.assert_close(advanced, state, atol=1e-4, rtol=1e-4)
+    assert torch.equal(advanced_state(x, torch.zeros_like(dt), a, b, seed), seed)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -51,6 +55,8 @@ def test_convolution_equals_torch(device: str, bias: bool) -> None:
     x, seed, weight, offset = (
         torch.randn(*shape, generator=generator).to(device) for shape in ((3, 16, 10), (3, 3, 10), (10, 4), (10,))
     )
-    inputs = torch.cat((seed, x), 1).transpose(1, 2)
-    expected = F.silu(F.conv1d(inputs, weight[:, None], offset if bias else None, groups=10)).transpose(1, 2)
-    torch.testing.assert_close(seeded_conv(x, seed, weight, offset if bias else None), expected, atol=1e-5, rtol=1e-5)
+    inputs = torch.cat((seed, x), 1)
+    expected = F.silu(F.conv1d(inputs.transpose(1, 2), weight[:, None], offset if bias else None, groups=10)).transpose(
+        1, 2
+    )
+    torch.testing.assert_close(seeded_conv(inputs, weight, offset if bias else None), expected, atol=1e-5, rtol=1e-5)

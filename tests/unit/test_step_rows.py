@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 from vllm_twotower.engine.pass_buffers import PassBuffers
 from vllm_twotower.engine.report import Report
 from vllm_twotower.engine.step_rows import StepRows
+from vllm_twotower.engine.tower_rows import TowerRows
 from vllm_twotower.options import AUTO_PASSES_PER_STEP
 
 WIDTH, MAX_LEN, PAGE = 16, 1000, 128
@@ -31,6 +32,7 @@ def step(*rows: dict[str, Any], interval: int = MAX_LEN, limit: int | str = "aut
         is_ar=column("is_ar", False),
         is_auto=column("is_auto", False),
         starts_with_ar=column("starts_with_ar", False),
+        verifies=column("verifies", False),
         has_grammar=column("has_grammar", False),
         max_model_len=MAX_LEN,
         engine=SimpleNamespace(canvas_length=WIDTH, denoise_steps_per_engine_step=limit),
@@ -65,7 +67,7 @@ def test_prompts() -> None:
     assert context(rows) == [(2, 30, 1, True)]
     assert canvases(rows) == [(1, 80, WIDTH)]
     assert not rows.done.any()
-    rows.add_tokens(np.array([1]), WIDTH, np.array([True]))
+    rows.add_canvases(np.array([1]))
     rows.add_tokens(np.array([2]), 1, np.array([True]))  # a stop token
     assert rows.is_over_after(2)
     assert rows.unread.tolist() == [0, WIDTH, 1]
@@ -157,7 +159,7 @@ def test_rows_on_the_device(device: str) -> None:
             {"computed": 30, "read": 30, "scheduled": WIDTH, "drafts": WIDTH},
         )
         taken = rows.take_context()[0]
-        read, denoised = buffers.send(rows.slots + 5, taken, rows.take_canvases())
+        read, _, denoised = buffers.send(rows.slots + 5, taken, rows.take_drafts(), rows.take_canvases())
         assert read.slots.tolist() == [5, 7]
         assert read.row.tolist() == [0, 0, 1, 1, 1]
         assert read.positions.tolist() == [first, first + 1, first, first + 1, first + 2]
@@ -176,7 +178,8 @@ def test_rows_of_a_bucket() -> None:
     rows = step({"computed": 30, "read": 29, "scheduled": 1, "drafts": 1, "is_ar": True})
     taken = rows.take_context()[0]
     buffers = PassBuffers(4, torch.device("cpu"))
-    read, denoised = buffers.send(rows.slots, taken, rows.take_canvases(), (3, 1), (2, WIDTH))
+    buckets = ((3, 1), None, (2, WIDTH))
+    read, _, denoised = buffers.send(rows.slots, taken, rows.take_drafts(), rows.take_canvases(), buckets)
     tables = read.block_tables([torch.full((1, 8), 5)])
     assert (len(read), read.lengths.tolist()) == (3, [1, 0, 0])
     assert tables[0].tolist() == [[5] * 8, [0] * 8, [0] * 8]
@@ -192,5 +195,69 @@ def test_reports_arrive() -> None:
     rows.take_context()
     rows.take_canvases()
     packed = Report.pack(rows, torch.tensor([True, False])).tolist()
-    reports = [Report(1, 1, WIDTH, 0), Report(1, 0, 1, 0, is_finite=False)]
+    reports = [Report(1, 1, WIDTH, 0, 0), Report(1, 0, 1, 0, 0, is_finite=False)]
     assert [Report.unpack(number) for number in packed] == reports
+
+
+VERIFIED = {"computed": 100, "read": 99, "scheduled": WIDTH, "drafts": WIDTH, "prefill": 80, "verifies": True}
+
+
+def taken(rows: TowerRows) -> list[tuple[int, int, int]]:
+    return [tuple(map(int, row)) for row in zip(rows.batch_rows, rows.starts, rows.lengths, strict=True)]
+
+
+@pytest.mark.parametrize("limit", ["auto", 1])
+def test_drafts_are_verified_in_the_step_that_makes_them(limit: int | str) -> None:
+    """Whatever a row beside them waits for. What is read is what was accepted, the token before it among it."""
+    rows = step(
+        VERIFIED, AR_ROW, VERIFIED | {"width": 9, "scheduled": 9, "drafts": 9}, CHUNK | {"verifies": True}, limit=limit
+    )
+    assert rows.max_passes == 1
+    assert context(rows) == [(1, 99, 1, True), (3, 0, 20, True)]
+    assert taken(rows.take_drafts()) == []
+    assert canvases(rows) == [(0, 99, WIDTH), (2, 99, 9)]
+    rows.add_tokens(np.array([1, 3]), 1, np.array([False, False]))
+    rows.add_canvases(np.array([0]))
+    assert not rows.is_over_after(1)
+    assert context(rows) == [(1, 100, 1, True)]
+    assert taken(rows.take_drafts()) == [(0, 99, WIDTH)]
+    assert canvases(rows) == [(2, 99, 9)]
+    rows.add_verified(np.array([0]), np.array([5]))
+    rows.add_canvases(np.array([2]))
+    assert not rows.is_over_after(2)
+    context(rows)
+    assert taken(rows.take_drafts()) == [(2, 99, 9)]
+    rows.add_verified(np.array([2]), np.array([1]))
+    assert rows.is_over_after(3)
+    assert rows.num_new.tolist()[::2] == [5, 1]
+    assert (rows.read.tolist()[::2], rows.unread.tolist()[::2]) == ([104, 100], [1, 1])
+    assert rows.num_rejected.tolist()[::2] == [WIDTH - 5, 9 - 1]
+    first = Report.unpack(Report.pack(rows, torch.ones(4, dtype=torch.bool)).tolist()[0])
+    assert first == Report(1, 1, WIDTH, 1, WIDTH - 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "room"),
+    [
+        ({}, WIDTH),
+        ({"width": 7, "scheduled": 7, "drafts": 7}, 7),
+        ({"max_len": 103}, 3),
+        ({"max_len": 101}, 1),
+        ({"computed": PAGE - 3, "read": PAGE - 4}, 4),
+        ({"computed": PAGE, "read": PAGE - 1}, 1),  # the newest token is the last of its page
+        ({"computed": PAGE + 1, "read": PAGE}, WIDTH),
+        ({"computed": MAX_LEN - 2, "read": MAX_LEN - 3, "scheduled": 2, "drafts": 2, "max_len": 2 * MAX_LEN}, 2),
+        ({"scheduled": 15, "drafts": 15}, 0),
+        ({"computed": 0, "read": 0, "scheduled": 20, "drafts": 0, "prefill": 20}, 1),
+        ({"computed": 0, "read": 0, "scheduled": 20, "drafts": 0, "prefill": 50}, 0),
+        ({"is_auto": True}, WIDTH),
+        ({"is_auto": True, "scheduled": 1, "drafts": 1}, WIDTH),  # by the context tower alone
+    ],
+)
+def test_room_of_verified_blocks(row: dict[str, Any], room: int) -> None:
+    """They end with a page; where that leaves one token, or a prompt was read, the context head gives it."""
+    rows = step(VERIFIED | row)
+    assert rows.room.tolist() == [room]
+    one_draft = row.get("drafts") == 1
+    assert rows.is_ar.tolist() == [room == 1 or one_draft or row.get("prefill", 0) > 0]
+    assert rows.is_verified.tolist() == [not rows.is_ar[0]]

@@ -28,7 +28,7 @@ class PassSource(Protocol):
     def run_pass(self) -> tuple[PassPlan, StepLogits]:
         """The next pass of the step that was taken."""
 
-    def commit_drafts(self, plan: PassPlan, counts: np.ndarray) -> None:
+    def commit_drafts(self, plan: PassPlan, counts: Tensor) -> None:
         """Lets the context tower's states go on by so many tokens (n,) of the drafts that the pass has verified."""
 
 
@@ -76,38 +76,30 @@ class StepFill:
 
     def verify(self, plan: PassPlan, logits: StepLogits) -> None:
         """Adds the tokens of drafts that the context head would have given too, and the one behind them."""
-        predictions = self._decision.predict(plan.drafted, logits.drafts, logits.context_head, logits.tile)
-        for part, predicted in predictions:
-            rows, width = part.rows, part.rows_together
+        for part, predicted in self._decision.predict(plan.drafted, logits.drafts, logits.context_head, logits.tile):
+            width, count = part.rows_together, len(part) // part.rows_together
             tokens = predicted.tokens.view(-1, width)
-            count = len(part) // width
-            batch_rows = rows.host.batch_rows[::width]
-            counts = self._accepted(part, tokens)[:count]
-            on_device = part.on_device(counts)
-            slots, starts = part.slots[::width][:count], part.starts[::width][:count]
-            newest = tokens[:count].gather(1, on_device[:, None] - 1)[:, 0]
+            counts = self._until_end(part, torch.cat((num_accepted(part, tokens)[:, None], tokens), 1)[:count].tolist())
+            on_device, batch_rows = part.on_device(counts), part.rows.host.batch_rows[::width]
+            tokens, slots, starts = tokens[:count], part.slots[::width][:count], part.starts[::width][:count]
+            newest = tokens.gather(1, on_device[:, None] - 1)[:, 0]
             self._text.gpu[slots, starts + on_device - 1] = newest.to(self._text.gpu.dtype)
-            of_batch = part.on_device(batch_rows)
-            self.tokens[of_batch, :width] = tokens[:count]
+            of_batch = part.rows.batch_rows[::width][:count]
+            self.tokens[of_batch, :width] = tokens
             is_new = torch.arange(width, device=tokens.device) < on_device[:, None]
             self._decision.record(part, predicted, is_new.flatten())
             self.is_finite[of_batch] &= (predicted.is_finite.view(-1, width)[:count] | ~is_new).all(1)
             self._rows.add_verified(batch_rows, counts)
-        self._source.commit_drafts(plan, self._rows.num_new[plan.drafts.rows.host.batch_rows])
+        counts = self._rows.num_new[plan.drafts.rows.host.batch_rows]
+        self._source.commit_drafts(plan, plan.drafted.on_device(counts))
 
-    def _accepted(self, part: DraftedTokens, tokens: Tensor) -> np.ndarray:
-        """How many of the ``tokens`` (D, W) behind those of drafts are new: none that comes after the request's end."""
-        width = part.rows_together
-        in_draft = torch.arange(1, width, device=tokens.device) < part.draft_lengths[:, None]
-        is_same = (tokens[:, :-1] == part.drafts[:, 1:]) & in_draft
-        counts = 1 + is_same.cumprod(1).sum(1)
-        numbers = torch.cat((counts[:, None], tokens), 1).tolist()
-        return np.array(
-            [
-                next((i for i in range(1, count) if row[i - 1] in self._table.stops[slot]), count)
-                for (count, *row), slot in zip(numbers, part.host_slots[::width], strict=False)
-            ]
-        )
+    def _until_end(self, part: DraftedTokens, drafts: list[list[int]]) -> np.ndarray:
+        """How many tokens of drafts are new: so many as each begins with, but none behind one that ends its request."""
+        ends = [
+            next((i for i in range(1, count) if tokens[i - 1] in self._table.stops[slot]), count)
+            for (count, *tokens), slot in zip(drafts, part.host_slots[:: part.rows_together], strict=True)
+        ]
+        return np.array(ends)
 
     def denoise(self, canvases: Canvases, logits: StepLogits) -> None:
         """Advances canvases by the pass whose hidden states (T, H) are ``logits.denoiser``."""
@@ -138,6 +130,13 @@ class StepFill:
         """Notes which rows had logits that are not finite."""
         count = len(part)
         self.is_finite[part.rows.batch_rows[:count]] &= part.by_row(predicted.is_finite)[:count].all(1)
+
+
+def num_accepted(part: DraftedTokens, tokens: Tensor) -> Tensor:
+    """How many of the ``tokens`` (D, W) behind those of drafts are new (D,): those up to the first other one."""
+    in_draft = torch.arange(1, part.rows_together, device=tokens.device) < part.draft_lengths[:, None]
+    is_same = (tokens[:, :-1] == part.drafts[:, 1:]) & in_draft
+    return torch.minimum(1 + is_same.cumprod(1).sum(1), part.draft_lengths)
 
 
 @dataclass

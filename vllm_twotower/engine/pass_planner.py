@@ -155,13 +155,11 @@ class PassPlanner:
             drafts = denoiser.take(begins)
             self.table.canvas[drafts.slots, 0] = self._text[drafts.slots, drafts.starts].long()
 
-    def advance_states(self, plan: PassPlan, counts: np.ndarray) -> None:
-        """Lets Mamba states go on by the first ``counts`` (n,) tokens of the blocks that the pass has verified."""
-        padded = np.zeros(len(plan.drafts.rows), dtype=np.int64)
-        padded[: len(counts)] = counts
-        on_device = plan.drafts.rows.on_device(padded)
+    def advance_states(self, plan: PassPlan, counts: Tensor) -> None:
+        """Lets Mamba states go on by the first ``counts`` (n,) tokens of the drafts that the pass has verified."""
+        counts = F.pad(counts, (0, len(plan.drafts.rows) - len(counts)))
         for name in self._mamba_layers:
-            self._layers[name].commit(plan.drafts.attention.metadata[name], on_device)
+            self._layers[name].commit(plan.drafts.attention.metadata[name], counts)
 
     def _context_attention(self, step: Step, rows: DeviceRows) -> AttentionInputs:
         """What the context tower's layers need; for Mamba layers as in the pass before if that was the same to them."""

@@ -16,15 +16,18 @@ from vllm_twotower.training.problems import FAMILIES, Problem, draw_held_out_pro
 if TYPE_CHECKING:
     from vllm import LLM
 
+ACCEPTED_PER_DRAFT = "vllm:twotower_accepted_tokens_per_draft"
 AR = {"diffusion_mode": "ar"}
+VERIFIED = {"diffusion_mode": "verified"}
 
 
 @dataclass(frozen=True)
 class Score:
     """How one way of generating did on a list of problems, greedily.
 
-    ``passes`` are those of the denoiser, for AR of the context tower; ``steps_per_block`` counts finished blocks by the
-    passes they took, in the engine's buckets (upper bound -> blocks).
+    ``passes`` are those of the denoiser, for AR of the context tower, for verified drafts of both. ``steps_per_block``
+    counts finished blocks by the passes they took, in the engine's buckets (upper bound -> blocks). Of each draft
+    ``accepted`` tokens were right. ``identical`` texts are those of AR, where that was asked for.
     """
 
     problems: int
@@ -33,6 +36,8 @@ class Score:
     passes: int
     right_by_family: dict[str, tuple[int, int]]
     steps_per_block: dict[str, int]
+    accepted: float
+    identical: int | None
 
     @property
     def accuracy(self) -> float:
@@ -49,9 +54,18 @@ def held_out_problems(count: int, seed: int) -> tuple[list[Problem], list[Proble
     return drawn[:count], drawn[count:]
 
 
-def score(llm: LLM, problems: Sequence[Problem], max_tokens: int, options: Mapping[str, Any]) -> Score:
-    """Lets the engine answer all problems, many at a time, and marks the answers."""
-    before = _steps_per_block(llm)
+def score(
+    llm: LLM,
+    problems: Sequence[Problem],
+    max_tokens: int,
+    options: Mapping[str, Any],
+    texts: list[str] | None = None,
+) -> Score:
+    """Lets the engine answer all problems, many at a time, and marks the answers.
+
+    ``texts`` are those that the answers are compared with; into an empty list they are put.
+    """
+    before, drafts_before = _steps_per_block(llm), _drafts(llm)
     answers = generate(llm, [problem.prompt for problem in problems], max_tokens, dict(options))
     right: Counter[str] = Counter()
     for problem, text in zip(problems, answers.texts, strict=True):
@@ -61,6 +75,10 @@ def score(llm: LLM, problems: Sequence[Problem], max_tokens: int, options: Mappi
     blocks, below = {}, 0
     for bound, count in cumulative.items():
         blocks[bound], below = count - below, count
+    num_drafts, num_accepted = (after - one for after, one in zip(_drafts(llm), drafts_before, strict=True))
+    identical = sum(map(str.__eq__, texts, answers.texts)) if texts else None
+    if texts is not None and not texts:
+        texts += answers.texts
     return Score(
         len(problems),
         right.total(),
@@ -68,6 +86,8 @@ def score(llm: LLM, problems: Sequence[Problem], max_tokens: int, options: Mappi
         answers.passes,
         {family: (right[family], asked[family]) for family in sorted(asked)},
         {bound: count for bound, count in blocks.items() if count},
+        num_accepted / num_drafts if num_drafts else 0.0,
+        identical,
     )
 
 
@@ -78,6 +98,12 @@ def _steps_per_block(llm: LLM) -> Counter[str]:
         if metric.name == METRIC:
             found.update(metric.buckets)
     return found
+
+
+def _drafts(llm: LLM) -> tuple[int, int]:
+    """Drafts that were verified so far, and the tokens of them that were accepted."""
+    found = [metric for metric in llm.get_metrics() if metric.name == ACCEPTED_PER_DRAFT]
+    return sum(metric.count for metric in found), sum(metric.sum for metric in found)
 
 
 def speeds(

@@ -1,4 +1,5 @@
-"""Evaluates a checkpoint on held-out problems: accuracy and speed of AR and mask diffusion, sweeps, likelihoods.
+"""Evaluates a checkpoint on held-out problems: accuracy and speed of AR, verified drafts and mask diffusion, sweeps,
+likelihoods.
 
 Writes results.json, results.md and plots. The threshold is chosen on other problems than those that are reported: the
 one with the most tokens per pass that keeps 99 % (or --retain) of AR's right answers, or else the one with the most
@@ -13,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_twotower.evaluation.answers import AR, Score, held_out_problems, score, speeds
+from vllm_twotower.evaluation.answers import AR, VERIFIED, Score, held_out_problems, score, speeds
 from vllm_twotower.evaluation.report import draw, markdown
 from vllm_twotower.offline import fastest_dtype, small_engine
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0])
     parser.add_argument("--retain", type=float, default=0.99, help="share of AR's right answers that is to be kept")
     parser.add_argument("--steps", type=int, nargs="*", default=[1, 2, 4, 8], help="passes a block at most")
+    parser.add_argument("--draft-steps", type=int, nargs="*", default=[1, 2, 4], help="passes that draft a block")
     parser.add_argument("--widths", type=int, nargs="*", default=[4, 8, 16, 32, 64], help="block widths")
     parser.add_argument("--speed-problems", type=int, default=32, help="answered one after the other")
     parser.add_argument("--rounds", type=int, default=3, help="of the speed measurement")
@@ -72,14 +74,26 @@ def _generated(args: argparse.Namespace, to_choose: list, to_report: list) -> di
         thresholds = {t: score(llm, to_choose, args.max_tokens, _threshold(t)) for t in args.thresholds}
         chosen = choose_threshold(ar, thresholds, args.retain)
         name = f"threshold {chosen:g}"
-        variants = {"ar": AR, name: _threshold(chosen), "threshold 1": _threshold(1.0)}
-        reported = {variant: score(llm, to_report, args.max_tokens, options) for variant, options in variants.items()}
+        variants = {"ar": AR, "verified": VERIFIED, name: _threshold(chosen), "threshold 1": _threshold(1.0)}
+        of_ar: list[str] = []
+        reported = {
+            variant: score(llm, to_report, args.max_tokens, options, of_ar) for variant, options in variants.items()
+        }
+        drafts = {
+            # With a single pass all tokens are taken, whatever the threshold is.
+            f"{n} | {'any' if n == 1 else f'{t:g}'}": score(
+                llm, to_report, args.max_tokens, VERIFIED | _threshold(t) | {"diffusion_draft_steps": n}, of_ar
+            )
+            for n in args.draft_steps
+            for t in (args.thresholds[:1] if n == 1 else args.thresholds)
+        }
         steps = {
             n: score(llm, to_report, args.max_tokens, _threshold(chosen) | {"diffusion_max_steps": n})
             for n in args.steps
         }
         asked = to_report[: args.speed_problems]
-        speed = speeds(llm, asked, args.max_tokens, {"ar": AR, name: _threshold(chosen)}, args.rounds)
+        del variants["threshold 1"]
+        speed = speeds(llm, asked, args.max_tokens, variants, args.rounds)
     widths = {}
     if args.widths:
         with small_engine(args.model, diffusion_config={"canvas_length": max(args.widths)}, **engine) as llm:
@@ -91,6 +105,7 @@ def _generated(args: argparse.Namespace, to_choose: list, to_report: list) -> di
         "chosen_on": {"ar": _entry(ar)},
         "thresholds": {f"{t:g}": _entry(one) for t, one in thresholds.items()},
         "reported": {variant: _entry(one) for variant, one in reported.items()},
+        "drafts": {drafted: _entry(one) for drafted, one in drafts.items()},
         "steps": {str(n): _entry(one) for n, one in steps.items()},
         "widths": {str(width): _entry(one) for width, one in widths.items()},
         "speed": speed,

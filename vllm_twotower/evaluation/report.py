@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Results = dict[str, Any]
 
@@ -22,6 +25,7 @@ def markdown(results: Results) -> str:
             *_modes(results),
             "",
             *_families(results),
+            *_drafts(results),
             "",
             *_likelihood(results),
             *_sweep("Thresholds (on the problems to choose on)", "threshold", results["thresholds"]),
@@ -35,14 +39,15 @@ def markdown(results: Results) -> str:
 def _modes(results: Results) -> list[str]:
     ar, speed = results["reported"]["ar"], results["speed"]
     lines = [
-        "| mode | right | | of AR | tokens per pass | tokens/s, one request open | of AR |",
-        "|---|---|---|---|---|---|---|",
+        "| mode | right | | of AR | texts as AR's | tokens per pass | tokens/s, one request open | of AR |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, one in results["reported"].items():
         rate = speed.get(name)
         lines.append(
             f"| {name} | {one['right']} of {one['problems']} | {one['accuracy']:.1%} | "
-            f"{one['accuracy'] / ar['accuracy'] if ar['accuracy'] else 0:.1%} | {one['tokens_per_pass']:.2f} | "
+            f"{one['accuracy'] / ar['accuracy'] if ar['accuracy'] else 0:.1%} | "
+            f"{'' if one['identical'] is None else one['identical']} | {one['tokens_per_pass']:.2f} | "
             + (f"{rate:.0f} | {rate / speed['ar']:.2f} |" if rate else "| |")
         )
     return lines
@@ -55,6 +60,23 @@ def _families(results: Results) -> list[str]:
         cells = (results["reported"][name]["right_by_family"][family] for name in names)
         lines.append(f"| {family.replace('_', ' ')} | {' | '.join(f'{right} of {of}' for right, of in cells)} |")
     return lines
+
+
+def _drafts(results: Results) -> list[str]:
+    """Tokens per pass are those of both towers."""
+    if not results["drafts"]:
+        return []
+    lines = [
+        "",
+        "Verified drafts:",
+        "",
+        "| draft steps | threshold | accepted tokens a draft | tokens per pass of both towers | texts as AR's |",
+        "|---|---|---|---|---|",
+    ]
+    return lines + [
+        f"| {drafted} | {one['accepted']:.2f} | {one['tokens_per_pass']:.2f} | {one['identical']} |"
+        for drafted, one in results["drafts"].items()
+    ]
 
 
 def _likelihood(results: Results) -> list[str]:
@@ -90,7 +112,7 @@ def _ablations(results: Results) -> list[str]:
 
 
 def draw(results: Results, folder: Path) -> None:
-    """quality.png, steps_per_block.png and unmasking.png."""
+    """quality.png, steps_per_block.png, unmasking.png and accepted.png."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
@@ -124,3 +146,28 @@ def draw(results: Results, folder: Path) -> None:
     axes.set_title("share of blocks that commit a place in a pass")
     figure.colorbar(image)
     figure.savefig(folder / "unmasking.png", dpi=110)
+
+    if results["drafts"]:
+        _draw_drafts(results["drafts"]).savefig(folder / "accepted.png", dpi=110)
+
+
+def _draw_drafts(drafts: Results) -> Figure:
+    """Accepted tokens a draft, and tokens per pass of both towers, by draft steps and threshold."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    steps = list(dict.fromkeys(drafted.split(" | ")[0] for drafted in drafts))
+    for axes, key, title in (
+        (figure.add_subplot(1, 2, 1), "accepted", "accepted tokens a draft"),
+        (figure.add_subplot(1, 2, 2), "tokens_per_pass", "tokens per pass of both towers"),
+    ):
+        for n in steps:
+            of_steps = {name.split(" | ")[1]: one[key] for name, one in drafts.items() if name.startswith(f"{n} |")}
+            if "any" in of_steps:
+                axes.axhline(of_steps["any"], linestyle="--", color="gray", label=f"{n} step")
+            else:
+                axes.plot(list(of_steps), list(of_steps.values()), "o-", label=f"{n} steps")
+        axes.set(xlabel="threshold", title=title)
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="lower right")
+    return figure

@@ -60,8 +60,8 @@ class StepLogits:
     """Hidden states of a step, and the heads that make logits of them, a tile at a time.
 
     ``context`` (A, H) are those of the rows whose next token the context head gives, ``drafts`` (T, H) those of drafts
-    that the context tower has read, ``denoiser`` (T, H) those of the canvas tokens. Logits of all of these at once would
-    be the largest tensors of the engine.
+    which the context tower has read, ``denoiser`` (T, H) those of the canvas tokens. Logits of all of these at once
+    would be the largest tensors of the engine.
     ``grammar`` holds, for requests with structured outputs, their ids and a bitmask (requests, V / 32) int32 of the
     tokens that may come next.
     """
