@@ -1,4 +1,4 @@
-"""``vllm-twotower demo``: a few prompts through vLLM's engine, by mask diffusion, verified drafts, and token by token."""
+"""``vllm-twotower demo``: a few prompts through vLLM's engine by mask diffusion, verified drafts and autoregression."""
 
 from __future__ import annotations
 

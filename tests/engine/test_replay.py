@@ -107,7 +107,8 @@ class Replayer:
     def _note(self, kind: Kind, rows: TowerRows) -> None:
         page = self.state.planner.state_block_size
         self.seen["rows that fill up"] += len(rows) not in BUCKETS
-        self.seen[f"short {kind.name}"] += kind.run > 0 and bool((rows.lengths < WIDTH).any())
+        if kind.run > 0:
+            self.seen[f"short {kind.name}"] += bool((rows.lengths < WIDTH).any())
         self.seen["fresh prompt"] += kind.run == 0 and bool((rows.starts == 0).any())
         self.seen["page border"] += bool((rows.starts // page != (rows.ends - 1) // page).any())
         self.seen["first token of a page"] += bool((rows.starts % page == 0).any())

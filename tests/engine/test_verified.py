@@ -86,13 +86,17 @@ def accepted(llm: LLM) -> tuple[float, float]:
 TOGETHER = {"max_num_seqs": 64, "max_num_batched_tokens": 2048}
 ENGINES: dict[str, dict[str, Any]] = {
     "together": TOGETHER,
-    "few pages": {"max_num_seqs": 16, "max_num_batched_tokens": 48, "scheduling_policy": "priority"},
+    "few pages": {
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 100,
+        "scheduling_policy": "priority",
+        "num_gpu_blocks_override": 8,
+    },
     "prefix caching": {
         "prefix_cache_retention_interval": PAGE,
         "additional_config": {"twotower": {"denoise_steps_per_engine_step": 1}},
     },
 }
-PAGE_BYTES = {"ckpt_C": 64 << 10, "tiny-twotower": 147456}
 
 
 @pytest.fixture(scope="module", params=[golden_data.checkpoint("C"), TRAINED], ids=["C", "trained"])
@@ -110,14 +114,15 @@ def test_random_requests(
     """Shuffled, all at once, in chunks and thrown out again and again, and with states kept at the ends of pages."""
     checkpoint, requests, outputs = expected
     options = {"max_model_len": 256, "disable_log_stats": False, **ENGINES[engine]}
-    if engine == "few pages":
-        options["kv_cache_memory_bytes"] = 10 * PAGE_BYTES[checkpoint.name]
     with running_engine(checkpoint, **options) as llm:
         preempted, scheduler = [], core(llm).scheduler
         preempt = scheduler._preempt_request
-        monkeypatch.setattr(
-            scheduler, "_preempt_request", lambda *args, **options: (preempted.append(args), preempt(*args, **options))
-        )
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            preempted.append(args)
+            return preempt(*args, **kwargs)
+
+        monkeypatch.setattr(scheduler, "_preempt_request", record)
         order = random.Random(3).sample(range(len(requests)), len(requests))
         shuffled = drafted([requests[i] for i in order])
         answered = generate(

@@ -121,7 +121,9 @@ def packed(report: Report) -> int:
         context_passes=np.array([report.context_passes]),
         denoiser_passes=np.array([report.denoiser_passes]),
         is_ar=np.array([False]),
-        is_verified=np.array([report.drafted > 0]),
+        is_verified=np.array([report.num_accepted >= 0]),
+        is_chunk=np.array([False]),
+        num_accepted=np.array([report.num_accepted]),
         room=np.array([report.width]),
         computed_unread=np.array([report.unread]),
     )
@@ -273,7 +275,7 @@ def test_drafts_are_counted(made: TwoTowerScheduler) -> None:
     make_stats = made.make_stats
     made.make_stats = lambda *args, **kwargs: sent.append(make_stats(*args, **kwargs)) or sent[-1]
     step(made, {"a": 1}, reports={"a": Report(1, 0, 1, 1)})
-    step(made, {"a": 12}, reports={"a": Report(1, 1, WIDTH, 1, WIDTH - 1)})
+    step(made, {"a": 12}, reports={"a": Report(1, 1, WIDTH, 1, 11)})
     output = step(made, {"a": WIDTH}, reports={"a": Report(1, 2, WIDTH, 1, WIDTH - 1)})["a"]
     costs = [StepCosts.unpack(stats.spec_decoding_stats) for stats in sent]
     assert [cost.accepted_per_draft for cost in costs] == [[], [11], [WIDTH - 1]]

@@ -195,7 +195,7 @@ def test_reports_arrive() -> None:
     rows.take_context()
     rows.take_canvases()
     packed = Report.pack(rows, torch.tensor([True, False])).tolist()
-    reports = [Report(1, 1, WIDTH, 0, 0), Report(1, 0, 1, 0, 0, is_finite=False)]
+    reports = [Report(1, 1, WIDTH, 0), Report(1, 0, 1, 0, is_finite=False)]
     assert [Report.unpack(number) for number in packed] == reports
 
 
@@ -233,7 +233,7 @@ def test_drafts_are_verified_in_the_step_that_makes_them(limit: int | str) -> No
     assert (rows.read.tolist()[::2], rows.unread.tolist()[::2]) == ([104, 100], [1, 1])
     assert rows.num_rejected.tolist()[::2] == [WIDTH - 5, 9 - 1]
     first = Report.unpack(Report.pack(rows, torch.ones(4, dtype=torch.bool)).tolist()[0])
-    assert first == Report(1, 1, WIDTH, 1, WIDTH - 1)
+    assert first == Report(1, 1, WIDTH, 1, 4)
 
 
 @pytest.mark.parametrize(
@@ -248,8 +248,6 @@ def test_drafts_are_verified_in_the_step_that_makes_them(limit: int | str) -> No
         ({"computed": PAGE + 1, "read": PAGE}, WIDTH),
         ({"computed": MAX_LEN - 2, "read": MAX_LEN - 3, "scheduled": 2, "drafts": 2, "max_len": 2 * MAX_LEN}, 2),
         ({"scheduled": 15, "drafts": 15}, 0),
-        ({"computed": 0, "read": 0, "scheduled": 20, "drafts": 0, "prefill": 20}, 1),
-        ({"computed": 0, "read": 0, "scheduled": 20, "drafts": 0, "prefill": 50}, 0),
         ({"is_auto": True}, WIDTH),
         ({"is_auto": True, "scheduled": 1, "drafts": 1}, WIDTH),  # by the context tower alone
     ],
@@ -258,6 +256,52 @@ def test_room_of_verified_blocks(row: dict[str, Any], room: int) -> None:
     """They end with a page; where that leaves one token, or a prompt was read, the context head gives it."""
     rows = step(VERIFIED | row)
     assert rows.room.tolist() == [room]
-    one_draft = row.get("drafts") == 1
-    assert rows.is_ar.tolist() == [room == 1 or one_draft or row.get("prefill", 0) > 0]
+    assert rows.is_ar.tolist() == [room == 1 or row.get("drafts") == 1]
     assert rows.is_verified.tolist() == [not rows.is_ar[0]]
+
+
+PROMPT = {"computed": 0, "scheduled": 20, "prefill": 20, "verifies": True}
+
+
+def test_a_prompt_alone_is_followed_by_a_draft() -> None:
+    """Beside others it gives its first token, which no one has to wait for."""
+    assert step(PROMPT, VERIFIED).room.tolist() == [1, WIDTH]
+    assert step(PROMPT | {"prefill": 50}).room.tolist() == [0]
+    rows = step(PROMPT)
+    assert context(rows) == [(0, 0, 20, True)]
+    assert (taken(rows.take_drafts()), canvases(rows)) == ([], [])
+    rows.add_tokens(np.array([0]), 1, np.array([False]))
+    assert not rows.is_over_after(1)
+    assert context(rows) == []
+    assert (taken(rows.take_drafts()), canvases(rows)) == ([], [(0, 20, WIDTH - 1)])
+    rows.add_canvases(np.array([0]))
+    assert taken(rows.take_drafts()) == [(0, 20, WIDTH - 1)]
+    rows.add_verified(np.array([0]), np.array([9]))
+    assert rows.is_over_after(3)
+    assert (rows.num_new.tolist(), rows.unread.tolist(), rows.read.tolist()) == ([10], [1], [29])
+    report = Report.unpack(Report.pack(rows, torch.ones(1, dtype=torch.bool)).tolist()[0])
+    assert report == Report(2, 1, WIDTH - 1, 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("row", "room"),
+    [
+        ({"max_len": 24}, 4),
+        ({"max_len": 22}, 1),
+        ({"max_len": 23, "width": 2}, 3),
+        ({"scheduled": PAGE, "prefill": PAGE}, 1),  # the next page has no slot for states yet
+        ({"scheduled": PAGE - 1, "prefill": PAGE - 1}, 1),
+        ({"scheduled": PAGE - 2, "prefill": PAGE - 2}, 3),
+        ({"has_grammar": True, "is_ar": True, "verifies": False}, 1),
+    ],
+)
+def test_room_after_a_prompt_alone(row: dict[str, Any], room: int) -> None:
+    assert step(PROMPT | row).room.tolist() == [room]
+
+
+def test_a_first_token_may_end_the_text() -> None:
+    rows = step(PROMPT)
+    context(rows)
+    rows.add_tokens(np.array([0]), 1, np.array([True]))
+    assert rows.is_over_after(1)
+    assert Report.unpack(Report.pack(rows, torch.ones(1, dtype=torch.bool)).tolist()[0]).num_accepted == -1

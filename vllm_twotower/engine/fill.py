@@ -76,6 +76,7 @@ class StepFill:
 
     def verify(self, plan: PassPlan, logits: StepLogits) -> None:
         """Adds the tokens of drafts that the context head would have given too, and the one behind them."""
+        read = self._rows.read.copy()
         for part, predicted in self._decision.predict(plan.drafted, logits.drafts, logits.context_head, logits.tile):
             width, count = part.rows_together, len(part) // part.rows_together
             tokens = predicted.tokens.view(-1, width)
@@ -85,12 +86,12 @@ class StepFill:
             newest = tokens.gather(1, on_device[:, None] - 1)[:, 0]
             self._text.gpu[slots, starts + on_device - 1] = newest.to(self._text.gpu.dtype)
             of_batch = part.rows.batch_rows[::width][:count]
-            self.tokens[of_batch, :width] = tokens
+            self.tokens[of_batch[:, None], part.on_device(part.num_returned).view(-1, width)] = tokens
             is_new = torch.arange(width, device=tokens.device) < on_device[:, None]
             self._decision.record(part, predicted, is_new.flatten())
             self.is_finite[of_batch] &= (predicted.is_finite.view(-1, width)[:count] | ~is_new).all(1)
             self._rows.add_verified(batch_rows, counts)
-        counts = self._rows.num_new[plan.drafts.rows.host.batch_rows]
+        counts = (self._rows.read - read)[plan.drafts.rows.host.batch_rows]
         self._source.commit_drafts(plan, plan.drafted.on_device(counts))
 
     def _until_end(self, part: DraftedTokens, drafts: list[list[int]]) -> np.ndarray:

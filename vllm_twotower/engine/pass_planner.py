@@ -84,6 +84,7 @@ class PassPlanner:
         for rows in (context, drafts):
             self._move_states(rows)
         sent = self._buffers.send(step.rows.slots, context, drafts, step.rows.take_canvases())
+        self._begin_drafts(step.rows, sent[-1])
         step.plan = self.plan_towers(step, *sent, gets_token)
         return step.plan
 
@@ -100,7 +101,6 @@ class PassPlanner:
         if len(drafts):
             self._plan_drafts(plan, step, drafts)
         if len(denoiser):
-            self._begin_drafts(step.rows, denoiser)
             plan.canvases = canvases = Canvases(denoiser, self.table)
             tokens, times = canvases.canvas.flatten(), canvases.times()
             before = step.plan
@@ -145,7 +145,8 @@ class PassPlanner:
         input_ids = self._text[drafts.slots[drafts.row], drafts.positions].long()
         plan.drafts = ContextInputs(attention, drafts, input_ids, slice(None), None)
         of_row = input_ids.view(len(drafts), drafts.width)
-        plan.drafted = DraftedTokens(drafts.behind_each_token(), self.table, of_row)
+        num_returned = step.rows.num_new[drafts.host.batch_rows]
+        plan.drafted = DraftedTokens(drafts.behind_each_token(), self.table, of_row, num_returned)
 
     def _begin_drafts(self, rows: StepRows, denoiser: DeviceRows) -> None:
         """Puts the newest token at the start of canvases that are drafts, before their first pass."""

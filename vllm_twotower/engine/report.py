@@ -19,8 +19,9 @@ _MASK = (1 << _BITS) - 1
 class Report:
     """What became of one row: ``context_passes`` and ``denoiser_passes``, the latter over ``width`` positions.
 
-    Of the tokens that vLLM counts as computed the context tower has yet to read the last ``unread``. A block that was
-    verified had ``drafted`` tokens of a draft. The logits its tokens were chosen by may not have been ``is_finite``.
+    Of the tokens that vLLM counts as computed the context tower has yet to read the last ``unread``. Of a draft
+    ``num_accepted`` tokens were accepted; -1 without a draft. The logits its tokens were chosen by may not have been
+    ``is_finite``.
 
     vLLM carries one number a row from the worker to the scheduler, the count of NaN logits; a report is packed into it,
     12 bits for each count.
@@ -30,16 +31,21 @@ class Report:
     denoiser_passes: int = 0
     width: int = 0
     unread: int = 0
-    drafted: int = 0
+    num_accepted: int = -1
     is_finite: bool = True
 
     @staticmethod
     def pack(rows: StepRows, is_finite: Tensor) -> Tensor:
         """(R,) int64, bitwise complements, which are negative, where not ``is_finite`` (R,)."""
-        width = np.where(rows.is_ar, 1, rows.room)
+        width = np.where(rows.is_ar, 1, rows.room - (rows.is_verified & rows.is_chunk))
         packed = np.zeros_like(width)
-        drafted = rows.is_verified * np.maximum(rows.room - 1, 0)
-        for count in (rows.context_passes, rows.denoiser_passes, width, rows.computed_unread, drafted):
+        for count in (
+            rows.context_passes,
+            rows.denoiser_passes,
+            width,
+            rows.computed_unread,
+            rows.num_accepted + 1,
+        ):
             packed = packed << _BITS | count
         packed = async_tensor_h2d(packed, device=is_finite.device, dtype=torch.int64)
         return torch.where(is_finite, packed, ~packed)
@@ -49,4 +55,4 @@ class Report:
         """The reverse of :meth:`pack`, of one row."""
         is_finite, number = number >= 0, max(number, ~number)
         counts = [number >> _BITS * place & _MASK for place in (4, 3, 2, 1, 0)]
-        return cls(*counts, is_finite)
+        return cls(*counts[:-1], counts[-1] - 1, is_finite)

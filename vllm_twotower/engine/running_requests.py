@@ -76,8 +76,9 @@ class RunningRequest:
         costs.canvas_positions += report.denoiser_passes * report.width
         self.num_passes += report.denoiser_passes
         is_block = num_sampled and self.num_passes
-        if metrics is not None and report.drafted:
-            metrics.add_draft(report.drafted, num_sampled - 1, detailed)
+        is_draft = report.num_accepted >= 0
+        if metrics is not None and is_draft:
+            metrics.add_draft(report.width - 1, report.num_accepted, detailed)
         elif metrics is not None:
             metrics.add_passes(report.denoiser_passes, report.width, detailed)
             if is_block:
@@ -85,9 +86,9 @@ class RunningRequest:
         if is_block:
             costs.committed_tokens += num_sampled
             costs.steps_per_block.append(self.num_passes)
-            if report.drafted:
-                costs.drafted_tokens += report.drafted
-                costs.accepted_per_draft.append(num_sampled - 1)
+            if is_draft:
+                costs.drafted_tokens += report.width - 1
+                costs.accepted_per_draft.append(report.num_accepted)
             else:
                 costs.forced_blocks += self.num_passes >= self.options.max_steps
             self.num_passes = 0

@@ -15,8 +15,8 @@ Where Mamba states of generated text are cached, the context tower stops, and re
 
 A block that is verified begins with the newest token, unread. The denoiser drafts what follows it; then the context
 tower reads all of it. What it would have given itself is accepted, with one token more, which is unread again. All this
-is done in one step, however many passes that may make. After a prompt, and for the last token of a page, the context
-head gives one token instead.
+is done in one step, however many passes that may make. After a prompt the context head gives one token, and a draft
+begins only if no other request waits for the step's end. For the last token of a page the context head gives one too.
 """
 
 from __future__ import annotations
@@ -75,15 +75,20 @@ class StepRows:
         page = state_block_size - last % state_block_size + ~self.is_chunk
         tokens = np.minimum(np.minimum(ends - self.known, page), table.engine.canvas_length)
         self._has_grammar = table.has_grammar[slots]
-        # A block that is verified ends with the page that its states are in.
-        verified = np.minimum(canvas, ends - self.known)
-        verified = np.minimum(verified, state_block_size - (self.known - 1) % state_block_size)
-        self.is_verified = table.verifies[slots] & ~self.is_ar & ~self.is_chunk & (verified > 1)
-        one_token = self._has_grammar | (table.verifies[slots] & ~self.is_ar)
+        drafts = table.verifies[slots] & ~self.is_ar
+        # A block that is verified begins with the newest token, and ends with the page that its states are in.
+        newest = self.known - ~self.is_chunk
+        in_page = state_block_size - newest % state_block_size
+        in_page = np.where(self.is_chunk & (in_page == state_block_size), 0, in_page)
+        verified = np.minimum(np.minimum(table.width[slots], in_page), ends - newest - 1)
+        verified = np.minimum(verified, table.engine.canvas_length - self.is_chunk)
+        begins = np.where(self.is_chunk, ends_prompt & (len(slots) == 1), True)
+        self.is_verified = drafts & begins & (verified > 1)
+        one_token = self._has_grammar | drafts
         self.is_ar |= one_token & ~self.is_verified
         tokens = np.where(one_token, 1, tokens)
         fills = np.where(self.is_chunk, ends_prompt, self.is_ar | (num_drafts == canvas))
-        self.room = fills * np.where(self.is_ar, tokens, np.where(self.is_verified, verified, canvas))
+        self.room = fills * np.where(self.is_ar, tokens, np.where(self.is_verified, verified + self.is_chunk, canvas))
         self._is_drafted = np.zeros(len(slots), dtype=bool)
         self.num_new = np.zeros_like(slots)
         self.context_passes, self.denoiser_passes = np.zeros_like(slots), np.zeros_like(slots)
@@ -115,6 +120,11 @@ class StepRows:
         return self.unread - np.where(self._has_grammar, self.num_new, 0)
 
     @property
+    def num_accepted(self) -> np.ndarray:
+        """The tokens of drafts that were accepted; -1 where none was verified."""
+        return np.where(self.is_verified & (self.denoiser_passes > 0), self.num_new - 1 - self.is_chunk, -1)
+
+    @property
     def waits(self) -> np.ndarray:
         """The rows that further passes of this step do nothing for."""
         return self.room == 0
@@ -124,7 +134,7 @@ class StepRows:
 
         Those that it verifies are not among them, see :meth:`take_drafts`.
         """
-        rows = np.flatnonzero(self._runs & ~self.is_verified & (self.unread > 0))
+        rows = np.flatnonzero(self._runs & ~self._drafts & (self.unread > 0))
         starts, is_chunk = self.read[rows], self.is_chunk[rows] & (self.context_passes[rows] == 0)
         stops = np.where(is_chunk, self.known[rows], next_stop(starts, self._commit_interval))
         context = TowerRows(rows, starts, np.minimum(self.known[rows], stops) - starts)
@@ -135,21 +145,28 @@ class StepRows:
         self.read[context.batch_rows] += context.lengths
         self.context_passes[rows] += 1
         self._runs &= self.room > 0
-        return context, (self._runs & self.is_ar & (self.unread == 0))[context.batch_rows]
+        gets_token = self._runs & (self.is_ar | self.is_verified) & (self.unread == 0)
+        return context, gets_token[context.batch_rows]
+
+    @property
+    def _drafts(self) -> np.ndarray:
+        """The rows whose newest token begins a block that is verified."""
+        return self.is_verified & (~self.is_chunk | (self.num_new > 0))
 
     def take_drafts(self) -> TowerRows:
         """The blocks that the context tower verifies in the next pass; they are read once :meth:`add_verified` says."""
         rows = np.flatnonzero(self._runs & self._is_drafted)
         self.context_passes[rows] += 1
-        return TowerRows(rows, self.read[rows], self.room[rows])
+        return TowerRows(rows, self.read[rows], (self.room - self.num_new)[rows])
 
     def take_canvases(self) -> TowerRows:
         """The denoiser's rows of the next pass, after :meth:`take_context` and :meth:`take_drafts`."""
         rows = np.flatnonzero(
-            self._runs & ~self.is_ar & np.where(self.is_verified, ~self._is_drafted, self.unread == 0)
+            self._runs & ~self.is_ar & np.where(self.is_verified, self._drafts & ~self._is_drafted, self.unread == 0)
         )
         self.denoiser_passes[rows] += 1
-        return TowerRows(rows, np.where(self.is_verified, self.read, self.known)[rows], self.room[rows])
+        starts = np.where(self.is_verified, self.read, self.known)
+        return TowerRows(rows, starts[rows], (self.room - self.num_new)[rows])
 
     def add_tokens(self, rows: np.ndarray, counts: np.ndarray | int, ends: np.ndarray) -> None:
         """Counts new tokens of some rows (n,); those that are full, or where it ``ends`` (n,), are done."""

@@ -148,16 +148,20 @@ class DraftedTokens(NextTokens):
     last token mean nothing.
     """
 
-    def __init__(self, rows: DeviceRows, table: RequestTable, drafts: Tensor):
-        """``rows`` as :meth:`DeviceRows.behind_each_token` gives them; ``drafts`` (D, W), of ``draft_lengths`` (D,)."""
+    def __init__(self, rows: DeviceRows, table: RequestTable, drafts: Tensor, num_returned: np.ndarray):
+        """``rows`` as :meth:`DeviceRows.behind_each_token` gives them; ``drafts`` (D, W), of ``draft_lengths`` (D,).
+
+        The step has ``num_returned`` (D,) tokens of their requests already.
+        """
         self.drafts, self.rows_together = drafts, drafts.shape[1]
         self.draft_lengths = rows.lengths[:: self.rows_together]
-        super().__init__(rows, table, np.tile(np.arange(self.rows_together), len(rows.host) // self.rows_together))
+        super().__init__(rows, table, (num_returned[:, None] + np.arange(self.rows_together)).ravel())
 
     def take(self, index: np.ndarray) -> DraftedTokens:
         """The rows of some drafts, each draft whole."""
-        drafts = self.drafts[self.on_device(index[:: self.rows_together] // self.rows_together)]
-        return DraftedTokens(self.rows.take(index), self.table, drafts)
+        of_drafts = index[:: self.rows_together]
+        drafts = self.drafts[self.on_device(of_drafts // self.rows_together)]
+        return DraftedTokens(self.rows.take(index), self.table, drafts, self.num_returned[of_drafts])
 
 
 class Canvases(Targets):
