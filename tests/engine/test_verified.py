@@ -135,7 +135,8 @@ def test_random_requests(
         assert_same([verified[i] for i in range(len(requests))], outputs)
         num_drafted, num_accepted = accepted(llm)
         assert 0.01 * num_drafted < num_accepted < num_drafted
-        assert bool(preempted) == (engine == "few pages")
+        # The problems' answers need no second page.
+        assert bool(preempted) == (engine == "few pages" and checkpoint != TRAINED)
         assert_idle(llm)
 
 

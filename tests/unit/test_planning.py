@@ -14,6 +14,7 @@ import pytest
 from vllm_twotower.architecture import TwoTowerConfig, tensor_shapes
 from vllm_twotower.cli import main
 from vllm_twotower.parallel import check_tensor_parallel_size
+from vllm_twotower.planning.accepted_tokens import AcceptedTokens
 from vllm_twotower.planning.cost_model import CostModel, Load
 from vllm_twotower.planning.fit import HardwareFit, work
 from vllm_twotower.planning.hardware import DEVICES, Hardware
@@ -393,6 +394,7 @@ def test_choice_dwells(h200: CostModel) -> None:
 
 
 STEPS = StepsPerBlock((1, 2, 3, 4, 5, 6, 7, 8, 10, 12), (0.05, 0.1, 0.15, 0.17, 0.15, 0.13, 0.1, 0.07, 0.05, 0.03))
+ACCEPTED = AcceptedTokens.of_mean(6, 15)
 
 
 @pytest.mark.parametrize(("passes_per_step", "engine_steps"), [(1, 6), (2, 4), (3, 2), (9, 2), ("auto", 2)])
@@ -421,6 +423,28 @@ def test_one_autoregressive_request_by_hand(h200: CostModel) -> None:
     assert result.seconds == pytest.approx(expected, rel=1e-6)
 
 
+def test_one_verified_request_by_hand(h200: CostModel) -> None:
+    """The prompt gives a token, and each draft all of it and one more: 1 + 16 + 15."""
+    all_right = AcceptedTokens.of_mean(15, 15)
+    traffic = Traffic(1, STEPS, prompt_tokens=10, output_blocks=2, output_spread=0, draft_steps=2, accepted=all_right)
+    result = simulate(h200, traffic, "verified", measured_requests=1)
+    assert (result.tokens, result.engine_steps, result.context_passes, result.denoiser_passes) == (32, 3, 3, 4)
+    expected = h200.pass_cost("context", 1, 10, 0, 1).seconds
+    for context_len in (11, 27):
+        expected += 2 * h200.denoiser_pass(1, context_len).seconds + h200.verify_pass(1, context_len).seconds
+    assert result.seconds == pytest.approx(expected, rel=1e-6)
+
+
+def test_accepted_tokens() -> None:
+    for mean in (0, 0.9, 4, 11.65, 15):
+        accepted = AcceptedTokens.of_mean(mean, 15)
+        assert accepted.mean == pytest.approx(mean, abs=1e-6)
+        assert sum(accepted.shares) == pytest.approx(1)
+        assert accepted.sample(np.random.default_rng(0), 20_000).mean() == pytest.approx(mean, abs=0.15)
+    with pytest.raises(ValueError, match="16 accepted tokens"):
+        AcceptedTokens.of_mean(16, 15)
+
+
 def test_two_requests_share_passes(h200: CostModel) -> None:
     traffic = Traffic(2, StepsPerBlock.of_mean(3), prompt_tokens=10, output_blocks=2, output_spread=0)
     result = simulate(h200, traffic, "mask_diffusion", measured_requests=2)
@@ -438,7 +462,14 @@ def test_auto_steps_end_with_the_first_block(h200: CostModel) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "passes_per_step", "prompt_tokens"),
-    [("ar", 1, 512), ("mask_diffusion", 1, 32), ("mask_diffusion", 1, 512), ("mask_diffusion", 4, 32)],
+    [
+        ("ar", 1, 512),
+        ("verified", 1, 32),
+        ("verified", 1, 512),
+        ("mask_diffusion", 1, 32),
+        ("mask_diffusion", 1, 512),
+        ("mask_diffusion", 4, 32),
+    ],
 )
 def test_formulas_agree_with_the_simulation(
     h200: CostModel, mode: str, passes_per_step: int, prompt_tokens: int
@@ -446,13 +477,13 @@ def test_formulas_agree_with_the_simulation(
     for num_open in (1, 8, 24, 128):
         result = simulate(
             h200,
-            Traffic(num_open, STEPS, prompt_tokens),
+            Traffic(num_open, STEPS, prompt_tokens, draft_steps=2, accepted=ACCEPTED),
             mode,
             passes_per_step=passes_per_step,
             warm_up_requests=4 * num_open,
             measured_requests=max(120, 2 * num_open),
         )
-        load = Load(num_open, prompt_tokens + 64, STEPS, passes_per_step, prompt_tokens, 128)
+        load = Load(num_open, prompt_tokens + 64, STEPS, passes_per_step, prompt_tokens, 128, 1.0, 2, ACCEPTED)
         predicted = h200.tokens_per_second(mode, load)
         assert predicted == pytest.approx(result.tokens_per_second, rel=0.07), num_open
 
@@ -488,6 +519,17 @@ def test_choice_by_load_is_never_more_than_5_percent_slower(h200: CostModel, pro
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     main(["plan", *arguments])
     return capsys.readouterr().out
+
+
+def test_plan_of_verified_drafts(capsys: pytest.CaptureFixture[str], h200: CostModel) -> None:
+    arguments = ("--hardware", "H200", "--batch-sizes", "1", "64", "--accepted", "6", "--draft-steps", "2")
+    text = plan(capsys, *arguments)
+    assert "Verified drafts, 2 denoiser pass(es), 6 tokens accepted" in text
+    out = json.loads(plan(capsys, *arguments, "--json"))["verified"]
+    load = Load(64, 1024, FIVE, draft_steps=2, accepted=ACCEPTED)
+    assert out["tokens_per_second"][1] == h200.tokens_per_second("verified", load)
+    with pytest.raises(SystemExit, match="argument --accepted: a mean of 16 accepted tokens"):
+        plan(capsys, "--accepted", "16")
 
 
 def test_plan_as_json(capsys: pytest.CaptureFixture[str], h200: CostModel) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_twotower.parallel import TENSOR_PARALLEL_SIZES, check_tensor_parallel_size, tensor_parallel_obstacle
 
+from .accepted_tokens import AcceptedTokens
 from .cost_model import CostModel, Load
 from .hardware import DEVICES, Hardware
 from .mode_choice import ModeChooser
@@ -116,6 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "takes: a mean (default: 5), or what a server's /metrics returned")  # fmt: skip
     add("--passes-per-step", type=_whole, default=1, metavar="N", help="denoiser passes an engine step makes "
         "(default: 1)")  # fmt: skip
+    add("--accepted", type=_not_negative, metavar="TOKENS", help="also plan mode verified, with so many accepted "
+        "tokens of a draft on average")  # fmt: skip
+    add("--draft-steps", type=_whole, default=1, metavar="N", help="denoiser passes of a draft (default: 1)")
     add("--simulate", action="store_true", help="also simulate AR, diffusion and the choice by load at every batch "
         "size; of the context, an eighth is then generated")  # fmt: skip
     add("--json", action="store_true", help="print JSON instead of tables; seconds, bytes, FLOP")
@@ -130,7 +134,8 @@ def run(args: argparse.Namespace) -> None:
     except CheckpointError as error:
         raise SystemExit(f"vllm-twotower plan: error: argument --model: {error}") from None
     except ValueError as error:
-        raise SystemExit(f"vllm-twotower plan: error: argument --tensor-parallel-size: {error}") from None
+        name = "accepted" if "accepted tokens" in str(error) else "tensor-parallel-size"
+        raise SystemExit(f"vllm-twotower plan: error: argument --{name}: {error}") from None
     print(json.dumps(plan, indent=2) if args.json else as_text(plan))
 
 
@@ -173,7 +178,10 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         )
 
     model = model_with(args.tensor_parallel_size)
-    loads = [Load(batch, args.context, args.steps_per_block, args.passes_per_step) for batch in args.batch_sizes]
+    load = Load(1, args.context, args.steps_per_block, args.passes_per_step, draft_steps=args.draft_steps)
+    if args.accepted is not None:
+        load = load._replace(accepted=AcceptedTokens.of_mean(args.accepted, model.canvas_length - 1))
+    loads = [load._replace(num_open=batch) for batch in args.batch_sizes]
     plan = {
         "hardware": asdict(hardware),
         "tensor_parallel_size": args.tensor_parallel_size,
@@ -187,8 +195,16 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
             "bytes": model.size.request_bytes(args.context),
         },
         "loads": [_at_load(model, load) for load in loads],
-        "diffusion_faster": model.crossovers(loads[0]),
+        "diffusion_faster": model.crossovers(load),
     }
+    if args.accepted is not None:
+        plan["verified"] = {
+            "accepted": args.accepted,
+            "draft_steps": args.draft_steps,
+            "tokens_per_second": [model.tokens_per_second("verified", at) for at in loads],
+            "speedup": [model.block_seconds("ar", at) / model.block_seconds("verified", at) for at in loads],
+            "faster": model.crossovers(load, mode="verified"),
+        }
     if args.simulate:
         plan["simulated"] = [_simulated(model, load) for load in loads]
     return plan
@@ -286,12 +302,21 @@ def as_text(plan: dict[str, Any]) -> str:
             f"{row['ar_tokens_per_second']:7.0f} {row['diffusion_tokens_per_second']:7.0f} "
             f"{row['speedup']:8.2f} {row['speedup_in_step']:8.2f}"
         )
-    windows = ", ".join(f"{first} to {last}" for first, last in plan["diffusion_faster"])
     lines += [
         "apart: requests finish their blocks in different steps; in step: every step finishes and commits all",
         "",
-        f"Diffusion is faster, apart: {f'with {windows} open requests' if windows else 'never'} (of 1 to 1024)",
+        f"Diffusion is faster, apart: {_windows(plan['diffusion_faster'])}",
     ]
+    if "verified" in plan:
+        verified = plan["verified"]
+        lines += [
+            "",
+            f"Verified drafts, {verified['draft_steps']} denoiser pass(es), {verified['accepted']:g} tokens accepted",
+            f"{'requests':8} {'tokens/s':>9} {'/ AR':>6}",
+        ]
+        rows = zip(plan["loads"], verified["tokens_per_second"], verified["speedup"], strict=True)
+        lines += [f"{load['requests']:8} {rate:9.0f} {speedup:6.2f}" for load, rate, speedup in rows]
+        lines += ["", f"Verified is faster than AR: {_windows(verified['faster'])}"]
     if "simulated" in plan:
         lines += ["", f"Simulated tokens/s\n{'requests':8} {'AR':>8} {'diffusion':>10} {'auto':>8} {'of them AR':>11}"]
         lines += [
@@ -300,6 +325,11 @@ def as_text(plan: dict[str, Any]) -> str:
             for row in plan["simulated"]
         ]
     return "\n".join(lines)
+
+
+def _windows(found: list[tuple[int, int]]) -> str:
+    windows = ", ".join(f"{first} to {last}" for first, last in found)
+    return f"{f'with {windows} open requests' if windows else 'never'} (of 1 to 1024)"
 
 
 def _mb(count: float) -> str:

@@ -10,6 +10,7 @@ from copy import copy
 from math import inf
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from .accepted_tokens import AcceptedTokens
 from .hardware import Hardware
 from .model_size import ModelSize
 from .steps_per_block import StepsPerBlock
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from vllm_twotower.architecture import TwoTowerConfig
 
 Tower = Literal["context", "denoiser"]
-PlannedMode = Literal["ar", "mask_diffusion"]
+PlannedMode = Literal["ar", "mask_diffusion", "verified"]
 
 
 class PassCost(NamedTuple):
@@ -48,7 +49,8 @@ class Load(NamedTuple):
     ``num_open`` requests with ``context_len`` tokens in the caches fill blocks in ``steps_per_block`` denoiser passes,
     of which an engine step makes up to ``passes_per_step``. New prompts are read meanwhile: ``prompt_tokens`` for every
     ``output_tokens`` tokens generated; by default no request ever ends. Of a block's tokens the share ``block_use`` is
-    returned on average: a text that ends in a block leaves the rest unused.
+    returned on average: a text that ends in a block leaves the rest unused. Verified blocks are drafted in
+    ``draft_steps`` passes, and ``accepted`` tokens of a draft are right.
     """
 
     num_open: float
@@ -58,6 +60,8 @@ class Load(NamedTuple):
     prompt_tokens: float = 0.0
     output_tokens: float = inf
     block_use: float = 1.0
+    draft_steps: int = 1
+    accepted: AcceptedTokens = AcceptedTokens((1.0,))
 
 
 class CostModel:
@@ -178,9 +182,37 @@ class CostModel:
         """The context tower over the finished blocks of ``batch`` requests; no logits are needed."""
         return self.pass_cost("context", batch, batch * self.canvas_length, batch * context_len, 0)
 
+    def verify_pass(self, batch: float, context_len: float) -> PassCost:
+        """The context tower over the drafts of ``batch`` requests, with logits of every token."""
+        tokens = batch * self.canvas_length
+        return self.pass_cost("context", batch, tokens, batch * context_len, tokens)
+
     def block_seconds(self, mode: PlannedMode, load: Load) -> float:
         """Seconds until each of the open requests has, on average, one canvas length of tokens more."""
-        return self._ar_block_seconds(load) if mode == "ar" else self._diffusion_block_seconds(load)
+        of_mode = {
+            "ar": self._ar_block_seconds,
+            "mask_diffusion": self._diffusion_block_seconds,
+            "verified": self._verified_block_seconds,
+        }
+        return of_mode[mode](load)
+
+    def _verified_block_seconds(self, load: Load) -> float:
+        """A request takes one step for its prompt, which gives the first token, and one for each draft.
+
+        In a step all that have no prompt to read draft a block, and the context tower verifies it.
+        """
+        context_len, given = load.context_len, 1 + load.accepted.mean
+        steps = 1 + (load.output_tokens - 1 + load.accepted.excess) / given  # of a request
+        starts = 1 / steps
+        batch = load.num_open * (1 - starts)
+        step = self.hardware.seconds_per_step + self.verify_pass(batch, context_len).seconds
+        step += load.draft_steps * self.denoiser_pass(batch, context_len).seconds
+        some_start = 1 - (1 - starts) ** load.num_open
+        if some_start and load.prompt_tokens:
+            starting = load.num_open * starts / some_start
+            step += some_start * self.pass_cost("context", starting, starting * load.prompt_tokens, 0, starting).seconds
+        tokens_a_step = given if load.output_tokens == inf else load.output_tokens / steps
+        return self.canvas_length * step / tokens_a_step
 
     def _ar_block_seconds(self, load: Load) -> float:
         """A step gives every request a token; in some steps new prompts are read in the same pass.
@@ -226,15 +258,17 @@ class CostModel:
         """Tokens/s of all open requests together."""
         return load.num_open * self.canvas_length / self.block_seconds(mode, load)
 
-    def crossovers(self, load: Load, max_open: int = 1024) -> list[tuple[int, int]]:
-        """The windows, first and last number of open requests in 1 ... ``max_open``, where diffusion is faster.
+    def crossovers(
+        self, load: Load, max_open: int = 1024, mode: PlannedMode = "mask_diffusion"
+    ) -> list[tuple[int, int]]:
+        """The windows, first and last number of open requests in 1 ... ``max_open``, where ``mode`` is faster than AR.
 
         ``load.num_open`` does not matter.
         """
         windows: list[tuple[int, int]] = []
         for num_open in range(1, max_open + 1):
             at = load._replace(num_open=num_open)
-            if self._diffusion_block_seconds(at) >= self._ar_block_seconds(at):
+            if self.block_seconds(mode, at) >= self._ar_block_seconds(at):
                 continue
             if windows and windows[-1][1] == num_open - 1:
                 windows[-1] = (windows[-1][0], num_open)

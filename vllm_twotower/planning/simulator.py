@@ -4,7 +4,9 @@ N requests are always open: where one ends, the next starts. A step does what th
 reads new prompts, the blocks that were finished in the step before, and the newest tokens of autoregressive requests,
 all in one pass; then the denoiser runs over all open canvases, up to ``passes_per_step`` times, each time over those
 that are not finished. With ``auto`` the step ends when a block is finished or an autoregressive request would wait.
-The last block of a request is never committed. Prompts are read whole; memory is not limited.
+The last block of a request is never committed. In mode ``verified`` the denoiser drafts a block of every request that
+has no prompt to read, in ``draft_steps`` passes, and the context tower verifies it, all in one step. Prompts are read
+whole; memory is not limited.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 
 from vllm_twotower.options import AUTO_PASSES_PER_STEP
 
+from .accepted_tokens import AcceptedTokens
 from .cost_model import CostModel, Load, PlannedMode
 from .mode_choice import ModeChooser
 from .steps_per_block import StepsPerBlock
@@ -26,6 +29,7 @@ class Traffic:
     """``num_open`` requests with prompts of ``prompt_tokens`` tokens.
 
     They get ``output_blocks`` blocks of tokens on average: any number up to ``output_spread`` blocks more or less.
+    Verified blocks are drafted in ``draft_steps`` passes, and so many tokens are ``accepted``.
     """
 
     num_open: int
@@ -33,6 +37,8 @@ class Traffic:
     prompt_tokens: int = 512
     output_blocks: int = 8
     output_spread: int = 4
+    draft_steps: int = 1
+    accepted: AcceptedTokens = AcceptedTokens((1.0,))
 
 
 @dataclass
@@ -128,10 +134,35 @@ class _Simulation:
         return self._result
 
     def _step(self) -> None:
-        result, block = self._result, self._cost_model.canvas_length
+        result = self._result
         result.engine_steps += 1
         result.seconds += self._cost_model.hardware.seconds_per_step
         before = self._generated.copy()
+        if self._mode == "verified":
+            self._verify()
+        else:
+            self._fill_blocks()
+        self._to_read[:] = False
+        result.tokens += int((np.minimum(self._generated, self._target) - before).sum())
+        self._replace_ended()
+
+    def _verify(self) -> None:
+        """Every request gets its prompt's first token, or what is accepted of a draft and one more."""
+        traffic, block = self._traffic, self._cost_model.canvas_length
+        prompts, drafting = int(self._to_read.sum()), ~self._to_read
+        if prompts:
+            self._run("context", prompts, prompts * traffic.prompt_tokens, 0, prompts)
+        rows = int(drafting.sum())
+        if rows:
+            in_cache = self._context_len()[drafting].sum()
+            for tower in ["denoiser"] * traffic.draft_steps + ["context"]:
+                self._run(tower, rows, rows * block, in_cache, rows * block)
+        self._generated += 1
+        self._generated[drafting] += traffic.accepted.sample(self._random, rows)
+
+    def _fill_blocks(self) -> None:
+        """Passes until the step is over."""
+        block = self._cost_model.canvas_length
         newest = self._is_ar & ~self._to_read
         self._read_context(newest)
         denoising = ~self._is_ar
@@ -149,9 +180,6 @@ class _Simulation:
         self._pending |= finished
         self._generated[finished] += block
         self._generated[self._is_ar] += 1  # a prompt's pass gives the first token
-        self._to_read[:] = False
-        result.tokens += int((np.minimum(self._generated, self._target) - before).sum())
-        self._replace_ended()
 
     def _context_len(self) -> np.ndarray:
         return self._traffic.prompt_tokens + self._generated
