@@ -36,8 +36,8 @@ class Score:
     passes: int
     right_by_family: dict[str, tuple[int, int]]
     steps_per_block: dict[str, int]
-    accepted: float
-    identical: int | None
+    accepted: float = 0.0
+    identical: int | None = None
 
     @property
     def accuracy(self) -> float:
