@@ -14,7 +14,10 @@ def test_bad_option_of_the_engine(tmp_path: Path) -> None:
     status, output = refused_start(golden_data.checkpoint("A"), tmp_path / "log", "--additional-config", options)
     assert status != 0
     last_lines = "".join(output.splitlines()[-3:])
-    assert "additional_config['twotower'].mode='x': must be one of 'mask_diffusion', 'verified', 'ar', 'auto'" in last_lines
+    assert (
+        "additional_config['twotower'].mode='x': must be one of 'mask_diffusion', 'verified', 'ar', 'auto'"
+        in last_lines
+    )
 
 
 def test_missing_tensor(tmp_path: Path) -> None:

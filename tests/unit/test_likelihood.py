@@ -129,17 +129,20 @@ def test_ablations_change_what_the_denoiser_sees_and_nothing_else():
 @pytest.mark.parametrize("chosen", [0.8, 1.0])
 def test_a_report_for_any_threshold(tmp_path, chosen: float):
     entry = {"right": 3, "problems": 4, "accuracy": 0.75, "tokens_per_pass": 2.0, "steps_per_block": {"2.0": 5}}
-    entry["right_by_family"] = {"addition": (3, 4)}
+    entry |= {"right_by_family": {"addition": (3, 4)}, "accepted": 6.5, "identical": 2}
     results = {
         "model": "a-model", "dtype": "float32", "problems": 4, "max_tokens": 8, "retain": 0.99, "chosen": chosen,
         "unmasking": [[1.0]],
         "chosen_on": {"ar": entry}, "thresholds": {f"{chosen:g}": entry}, "steps": {}, "widths": {},
+        "drafts": {"1 | any": entry, "2 | 0.5": entry, "2 | 0.8": entry},
         "reported": {"ar": entry, f"threshold {chosen:g}": entry, "threshold 1": entry},
         "speed": {"ar": 2.0, f"threshold {chosen:g}": 5.0},
         "likelihood": {"context": 0.1, "perplexity": 1.1, "denoiser_bound": 0.2, "by_offset": [0.5]},
         "ablations": {"problems": 4, "right": {"as trained": 3}},
     }  # fmt: skip
     assert "| as trained | 3 of 4 | 75.0% |" in markdown(results)
-    assert f"| threshold {chosen:g} | 3 of 4 | 75.0% | 100.0% | 2.00 | 5 | 2.50 |" in markdown(results)
+    assert f"| threshold {chosen:g} | 3 of 4 | 75.0% | 100.0% | 2 | 2.00 | 5 | 2.50 |" in markdown(results)
+    assert "| 2 | 0.8 | 6.50 | 2.00 | 2 |" in markdown(results)
     draw(results, tmp_path)
-    assert (tmp_path / "steps_per_block.png").stat().st_size > 1000
+    for name in ("steps_per_block.png", "accepted.png"):
+        assert (tmp_path / name).stat().st_size > 1000
