@@ -47,7 +47,7 @@ def drawn(count: int, trained: bool, max_tokens: int = 40) -> list[RandomRequest
         prompt = request.prompt
         if trained:
             # Drafts stay good where few rules are in the way.
-            prompt = problems()[i] if rng.random() < 0.8 else prompt
+            prompt = problems()[i % len(problems())] if rng.random() < 0.8 else prompt
             if rng.random() < 0.6:
                 kept = ("temperature", "seed", "max_tokens", "ignore_eos", "logprobs", "prompt_logprobs", "extra_args")
                 options = {name: value for name, value in options.items() if name in kept}
