@@ -16,7 +16,6 @@ from vllm_twotower.training.problems import FAMILIES, Problem, draw_held_out_pro
 if TYPE_CHECKING:
     from vllm import LLM
 
-ACCEPTED_PER_DRAFT = "vllm:twotower_accepted_tokens_per_draft"
 AR = {"diffusion_mode": "ar"}
 VERIFIED = {"diffusion_mode": "verified"}
 
@@ -102,6 +101,8 @@ def _steps_per_block(llm: LLM) -> Counter[str]:
 
 def _drafts(llm: LLM) -> tuple[int, int]:
     """Drafts that were verified so far, and the tokens of them that were accepted."""
+    from vllm_twotower.engine.metrics import ACCEPTED_PER_DRAFT
+
     found = [metric for metric in llm.get_metrics() if metric.name == ACCEPTED_PER_DRAFT]
     return sum(metric.count for metric in found), sum(metric.sum for metric in found)
 
