@@ -10,6 +10,7 @@ import pytest
 from engines import tokens_of
 from oracle import Expected, prompt_logprobs
 from vllm import RequestOutput
+from vllm.logprobs import Logprob
 
 from vllm_twotower.reference import TwoTowerModel
 
@@ -21,7 +22,7 @@ def model() -> TwoTowerModel:
 
 
 def assert_same(outputs: Sequence[RequestOutput], others: Sequence[RequestOutput]) -> None:
-    """Equal tokens, reasons and ranks, and log-probabilities up to rounding, which depends on the batch."""
+    """Equal tokens and reasons, and log-probabilities up to rounding."""
     assert tokens_of(outputs) == tokens_of(others)
     for output, other in zip(outputs, others, strict=True):
         [a], [b] = output.outputs, other.outputs
@@ -30,9 +31,24 @@ def assert_same(outputs: Sequence[RequestOutput], others: Sequence[RequestOutput
             assert (mine is None) == (its is None)
             for x, y in zip(mine or (), its or (), strict=True):
                 assert (x is None) == (y is None)
-                for token in x or ():
-                    assert x[token].rank == y[token].rank
-                    assert x[token].logprob == pytest.approx(y[token].logprob, abs=1e-4)
+                if x is not None:
+                    assert_same_entries(x, y)
+
+
+def assert_same_entries(x: dict[int, Logprob], y: dict[int, Logprob]) -> None:
+    """The log-probabilities of one position: the same tokens and ranks, but for tokens that are as good as equal.
+
+    Sums are rounded as the batch has it, so a request differs from itself in another batch, by up to 2e-4 after 150
+    tokens of a model that was not trained.
+    """
+    rounding = 1e-3
+    assert len(x) == len(y)
+    for token in x.keys() & y.keys():
+        assert abs(x[token].rank - y[token].rank) <= 1
+        assert x[token].logprob == pytest.approx(y[token].logprob, abs=rounding)
+    last = min(entry.logprob for entry in (*x.values(), *y.values()))
+    for token in x.keys() ^ y.keys():
+        assert (x.get(token) or y[token]).logprob == pytest.approx(last, abs=rounding)
 
 
 def assert_logprobs(logprobs: list, want: Expected) -> None:

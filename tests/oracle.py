@@ -83,6 +83,7 @@ def expected(
         adaptive_unmasking=given.pop("diffusion_adaptive_unmasking", False),
         remasking=given.pop("diffusion_remasking", "confidence"),
     )
+    given.pop("diffusion_draft_steps", None)  # of drafts that leave no trace
     if given:
         raise ValueError(f"unknown options {sorted(given)}")
     if params.seed is not None:

@@ -52,6 +52,17 @@ def draw_block_options(rng: random.Random) -> dict[str, Any]:
     return options
 
 
+def draw_draft_options(rng: random.Random) -> dict[str, Any]:
+    """``extra_args`` of a verified request."""
+    options = draw_block_options(rng) if rng.random() < 0.5 else {}
+    options.pop("diffusion_max_steps", None)
+    if options.get("diffusion_canvas_length") == 1:
+        del options["diffusion_canvas_length"]
+    if rng.random() < 0.6:
+        options["diffusion_draft_steps"] = rng.choice((1, 2, 2, 3, 5))
+    return options
+
+
 def draw_rules(rng: random.Random) -> dict[str, Any]:
     """Options that change logits; each is drawn now and then."""
     options: dict[str, Any] = {}
@@ -79,8 +90,10 @@ def draw_request(rng: random.Random, max_tokens: int = 40) -> RandomRequest:
 
     It has a seed if it needs one, so that it has one right answer.
     """
-    mode = rng.choices(("mask_diffusion", "ar"), (6, 4))[0]
+    mode = rng.choices(("mask_diffusion", "ar", "verified"), (5, 3, 2))[0]
     extra = draw_block_options(rng) if mode == "mask_diffusion" else {"diffusion_mode": mode}
+    if mode == "verified":
+        extra |= draw_draft_options(rng)
     options: dict[str, Any] = {"extra_args": extra, "temperature": 0, **draw_rules(rng)}
     if rng.random() < 0.6:
         options |= {"temperature": rng.choice((0.3, 0.7, 1.0, 1.5)), "seed": rng.randrange(2**40)}

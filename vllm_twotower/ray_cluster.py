@@ -19,6 +19,9 @@ from pathlib import Path
 import psutil
 
 LOOPBACK = "127.0.0.1"
+START_ATTEMPTS = 3
+# Ray gives a node 30 seconds, whatever else the machine does (ray/_private/node.py).
+_TIMED_OUT = "timed out during startup"
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
 
@@ -70,20 +73,25 @@ def start(ranks: int, port: int, threads: int = 0) -> dict[str, str]:
     environment = os.environ | variables
     environment.pop("RAY_ADDRESS")  # that of a cluster to join
     _ray(["get-auth-token", "--generate"], environment)
-    _ray(
-        [
-            "start",
-            "--head",
-            f"--node-ip-address={LOOPBACK}",
-            f"--port={port}",
-            f"--num-gpus={ranks}",
-            # Serve's and Data's replicas take a CPU each; what feeds them would never get one.
-            f"--num-cpus={cores + ranks}",
-            "--include-dashboard=false",
-            "--disable-usage-stats",
-        ],
-        environment,
-    )
+    arguments = [
+        "start",
+        "--head",
+        f"--node-ip-address={LOOPBACK}",
+        f"--port={port}",
+        f"--num-gpus={ranks}",
+        # Serve's and Data's replicas take a CPU each; what feeds them would never get one.
+        f"--num-cpus={cores + ranks}",
+        "--include-dashboard=false",
+        "--disable-usage-stats",
+    ]
+    for attempt in range(START_ATTEMPTS):
+        try:
+            _ray(arguments, environment)
+            break
+        except RayClusterError as error:
+            end(port)
+            if _TIMED_OUT not in str(error) or attempt == START_ATTEMPTS - 1:
+                raise
     if exposed := exposed_addresses(cluster_processes(port)):
         end(port)
         raise RayClusterError(f"Ray listened on {', '.join(exposed)}, beyond this machine; the cluster was ended")

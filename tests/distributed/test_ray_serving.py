@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import socket
 import time
@@ -25,6 +26,7 @@ from deployments import (
     over_ray,
     port_of,
 )
+from ray._private import node
 from ray_clusters import ray_up, running_cluster
 from serving import Server, free_port, token_request, wait_until
 from two_ranks import random_requests
@@ -170,6 +172,39 @@ def test_a_second_cluster_at_a_port_is_refused() -> None:
         result = ray_up("--ranks", "1", "--port", str(port))
     assert result.returncode != 0
     assert f"vllm-twotower ray-up: port {port} is taken" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("failures", "attempts"),
+    [(["it timed out during startup."], 2), (["it timed out during startup."] * 3, 3), (["no such option"], 1)],
+)
+def test_a_start_that_took_too_long_is_tried_again(
+    failures: list[str], attempts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a failed start leaves behind is ended."""
+    started, ended, left = [], [], list(failures)
+
+    def fake(arguments: list[str], environment: dict[str, str]) -> None:
+        if arguments[0] == "start":
+            started.append(arguments)
+            if left:
+                raise ray_cluster.RayClusterError(left.pop(0))
+
+    monkeypatch.setattr(ray_cluster, "_ray", fake)
+    monkeypatch.setattr(ray_cluster, "end", ended.append)
+    port = free_port()
+    if len(failures) == attempts:
+        with pytest.raises(ray_cluster.RayClusterError, match=failures[-1]):
+            ray_cluster.start(1, port)
+    else:
+        ray_cluster.start(1, port)
+    assert (len(started), ended) == (attempts, [port] * len(failures))
+
+
+def test_ray_says_so() -> None:
+    source = inspect.getsource(node)
+    assert ray_cluster._TIMED_OUT in source
+    assert "raylet_start_wait_time_s = 30\n" in source  # longer, or to be set: no need to try again
 
 
 def test_exposed_addresses_are_found() -> None:

@@ -27,7 +27,7 @@ from vllm import LLM, SamplingParams
 from vllm._custom_ops import CPUDNNLGEMMHandler
 from vllm.forward_context import set_forward_context
 
-from vllm_twotower.engine.fill import fill_canvases, num_accepted
+from vllm_twotower.engine.fill import fill_canvases
 from vllm_twotower.engine.model_state import TwoTowerModelState
 from vllm_twotower.engine.pass_buffers import PassBuffers
 from vllm_twotower.engine.pass_plan import PassPlan
@@ -169,7 +169,7 @@ class Replayer:
         if plan.drafted is not None:
             [(part, predicted)] = self.decision.predict(plan.drafted, logits.drafts, logits.context_head, logits.tile)
             tokens = predicted.tokens.view(len(rows), -1)
-            counts = num_accepted(part, tokens)
+            counts = part.num_new(tokens)
             state.planner.advance_states(plan, counts)
             return {"hidden": logits.drafts.view(len(rows), rows.width, -1), "tokens": tokens, "counts": counts}
         if plan.next_tokens is None:

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 from vllm import SamplingParams
 
 from vllm_twotower.engine.fill import StepFill
+from vllm_twotower.model.context import ContextMambaMixer, UncommittedRead
 
-VOCABULARY = 320
+WIDTH = 16
 
 
 class PeakMemory(TorchDispatchMode):
@@ -72,9 +73,32 @@ def test_no_request_takes_more_than_was_profiled(monkeypatch: pytest.MonkeyPatch
 
         watch("add_next_tokens")
         watch("denoise")
-        for mode in ("mask_diffusion", "ar"):
+        for mode in ("mask_diffusion", "ar", "verified"):
             for options in demanding:
                 params = SamplingParams(max_tokens=16, ignore_eos=True, extra_args={"diffusion_mode": mode}, **options)
                 engines.generate(llm, [list(range(5, 35))] * 8, [params] * 8)
     assert len(measured) > 50
     assert profiled.peak >= max(measured)
+
+
+def test_what_drafts_keep_is_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every Mamba layer, until they are verified."""
+    commit, seen = ContextMambaMixer.commit, set()
+
+    def compare(mixer: ContextMambaMixer, read: UncommittedRead, counts: torch.Tensor) -> None:
+        profiled = mixer.blank_read(*read.scanned.dt.shape[:2])
+        for name, kept in vars(read.scanned).items():
+            blank = getattr(profiled, name)
+            assert (blank.shape, blank.dtype) == (kept.shape, kept.dtype)
+            assert blank.untyped_storage().nbytes() == kept.untyped_storage().nbytes()
+        seen.add(mixer.prefix)
+        commit(mixer, read, counts)
+
+    monkeypatch.setattr(ContextMambaMixer, "commit", compare)
+    with engines.running_engine(golden_data.checkpoint("A"), {"mode": "verified"}, max_num_seqs=8) as llm:
+        engines.generate(llm, [list(range(5, 35))] * 3, [SamplingParams(max_tokens=16, ignore_eos=True)] * 3)
+        runner = engines.runner(llm)
+        runner._dummy_run(256, skip_attn=True, is_profile=True)
+        kept = runner.model.compute_logits(torch.zeros(0)).kept
+    assert len(kept) == len(seen) > 0
+    assert {scanned.dt.shape[:2] for scanned in kept} == {(256 // WIDTH, WIDTH)}

@@ -46,7 +46,7 @@ def test_preempted_as_undisturbed(steps: int, undisturbed: tuple, monkeypatch: p
 
         monkeypatch.setattr(scheduler, "_preempt_request", count)
         assert_same(generate(llm, prompts, params), outputs)
-        assert {extra.get("diffusion_mode") for extra in preempted} == {None, "ar"}
+        assert {extra.get("diffusion_mode") for extra in preempted} == {None, "ar", "verified"}
         assert_idle(llm)
 
 

@@ -121,8 +121,6 @@ def packed(report: Report) -> int:
         context_passes=np.array([report.context_passes]),
         denoiser_passes=np.array([report.denoiser_passes]),
         is_ar=np.array([False]),
-        is_verified=np.array([report.num_accepted >= 0]),
-        is_chunk=np.array([False]),
         num_accepted=np.array([report.num_accepted]),
         room=np.array([report.width]),
         computed_unread=np.array([report.unread]),

@@ -63,12 +63,12 @@ def test_prompts() -> None:
     assert context(rows) == [(0, 0, 50, False), (1, 50, 30, False), (2, 0, 30, True)]
     assert canvases(rows) == [(1, 80, WIDTH)]
     assert rows.waits.tolist() == [True, False, False]
-    rows.add_tokens(np.array([2]), 1, np.array([False]))
+    rows.add_tokens(np.array([2]), np.array([1]), np.array([False]))
     assert context(rows) == [(2, 30, 1, True)]
     assert canvases(rows) == [(1, 80, WIDTH)]
     assert not rows.done.any()
     rows.add_canvases(np.array([1]))
-    rows.add_tokens(np.array([2]), 1, np.array([True]))  # a stop token
+    rows.add_tokens(np.array([2]), np.array([1]), np.array([True]))  # a stop token
     assert rows.is_over_after(2)
     assert rows.unread.tolist() == [0, WIDTH, 1]
     assert (rows.num_new.tolist(), rows.context_passes.tolist()) == ([0, WIDTH, 2], [1, 1, 2])
@@ -139,10 +139,10 @@ def test_how_long_a_step_goes_on() -> None:
 def test_a_row_that_is_done_ends_the_step_by_default(limit: int | str) -> None:
     rows = step(AR_ROW, AR_ROW, limit=limit)
     rows.take_context()
-    rows.add_tokens(np.array([0, 1]), 1, np.array([False, False]))
+    rows.add_tokens(np.array([0, 1]), np.array([1, 1]), np.array([False, False]))
     assert rows.is_over_after(1) == (limit == "auto")
     rows.take_context()
-    rows.add_tokens(np.array([0, 1]), 1, np.array([True, False]))
+    rows.add_tokens(np.array([0, 1]), np.array([1, 1]), np.array([True, False]))
     assert rows.is_over_after(2) == (limit == "auto")
     assert rows.is_over_after(3)
 
@@ -216,18 +216,18 @@ def test_drafts_are_verified_in_the_step_that_makes_them(limit: int | str) -> No
     assert context(rows) == [(1, 99, 1, True), (3, 0, 20, True)]
     assert taken(rows.take_drafts()) == []
     assert canvases(rows) == [(0, 99, WIDTH), (2, 99, 9)]
-    rows.add_tokens(np.array([1, 3]), 1, np.array([False, False]))
+    rows.add_tokens(np.array([1, 3]), np.array([1, 1]), np.array([False, False]))
     rows.add_canvases(np.array([0]))
     assert not rows.is_over_after(1)
     assert context(rows) == [(1, 100, 1, True)]
     assert taken(rows.take_drafts()) == [(0, 99, WIDTH)]
     assert canvases(rows) == [(2, 99, 9)]
-    rows.add_verified(np.array([0]), np.array([5]))
+    rows.add_tokens(np.array([0]), np.array([5]), np.array([False]))
     rows.add_canvases(np.array([2]))
     assert not rows.is_over_after(2)
     context(rows)
     assert taken(rows.take_drafts()) == [(2, 99, 9)]
-    rows.add_verified(np.array([2]), np.array([1]))
+    rows.add_tokens(np.array([2]), np.array([1]), np.array([False]))
     assert rows.is_over_after(3)
     assert rows.num_new.tolist()[::2] == [5, 1]
     assert (rows.read.tolist()[::2], rows.unread.tolist()[::2]) == ([104, 100], [1, 1])
@@ -250,6 +250,7 @@ def test_drafts_are_verified_in_the_step_that_makes_them(limit: int | str) -> No
         ({"scheduled": 15, "drafts": 15}, 0),
         ({"is_auto": True}, WIDTH),
         ({"is_auto": True, "scheduled": 1, "drafts": 1}, WIDTH),  # by the context tower alone
+        ({"computed": 0, "scheduled": 20, "drafts": 0, "prefill": 20}, 1),
     ],
 )
 def test_room_of_verified_blocks(row: dict[str, Any], room: int) -> None:
@@ -258,50 +259,3 @@ def test_room_of_verified_blocks(row: dict[str, Any], room: int) -> None:
     assert rows.room.tolist() == [room]
     assert rows.is_ar.tolist() == [room == 1 or row.get("drafts") == 1]
     assert rows.is_verified.tolist() == [not rows.is_ar[0]]
-
-
-PROMPT = {"computed": 0, "scheduled": 20, "prefill": 20, "verifies": True}
-
-
-def test_a_prompt_alone_is_followed_by_a_draft() -> None:
-    """Beside others it gives its first token, which no one has to wait for."""
-    assert step(PROMPT, VERIFIED).room.tolist() == [1, WIDTH]
-    assert step(PROMPT | {"prefill": 50}).room.tolist() == [0]
-    rows = step(PROMPT)
-    assert context(rows) == [(0, 0, 20, True)]
-    assert (taken(rows.take_drafts()), canvases(rows)) == ([], [])
-    rows.add_tokens(np.array([0]), 1, np.array([False]))
-    assert not rows.is_over_after(1)
-    assert context(rows) == []
-    assert (taken(rows.take_drafts()), canvases(rows)) == ([], [(0, 20, WIDTH - 1)])
-    rows.add_canvases(np.array([0]))
-    assert taken(rows.take_drafts()) == [(0, 20, WIDTH - 1)]
-    rows.add_verified(np.array([0]), np.array([9]))
-    assert rows.is_over_after(3)
-    assert (rows.num_new.tolist(), rows.unread.tolist(), rows.read.tolist()) == ([10], [1], [29])
-    report = Report.unpack(Report.pack(rows, torch.ones(1, dtype=torch.bool)).tolist()[0])
-    assert report == Report(2, 1, WIDTH - 1, 1, 8)
-
-
-@pytest.mark.parametrize(
-    ("row", "room"),
-    [
-        ({"max_len": 24}, 4),
-        ({"max_len": 22}, 1),
-        ({"max_len": 23, "width": 2}, 3),
-        ({"scheduled": PAGE, "prefill": PAGE}, 1),  # the next page has no slot for states yet
-        ({"scheduled": PAGE - 1, "prefill": PAGE - 1}, 1),
-        ({"scheduled": PAGE - 2, "prefill": PAGE - 2}, 3),
-        ({"has_grammar": True, "is_ar": True, "verifies": False}, 1),
-    ],
-)
-def test_room_after_a_prompt_alone(row: dict[str, Any], room: int) -> None:
-    assert step(PROMPT | row).room.tolist() == [room]
-
-
-def test_a_first_token_may_end_the_text() -> None:
-    rows = step(PROMPT)
-    context(rows)
-    rows.add_tokens(np.array([0]), 1, np.array([True]))
-    assert rows.is_over_after(1)
-    assert Report.unpack(Report.pack(rows, torch.ones(1, dtype=torch.bool)).tolist()[0]).num_accepted == -1

@@ -19,7 +19,7 @@ from .logit_rules import RuledRows, RuleTable
 from .pass_plan import PassPlan
 from .request_table import RequestTable
 from .step_rows import StepRows
-from .targets import Canvases, DraftedTokens, NextTokens
+from .targets import Canvases, NextTokens
 
 
 class PassSource(Protocol):
@@ -28,7 +28,7 @@ class PassSource(Protocol):
     def run_pass(self) -> tuple[PassPlan, StepLogits]:
         """The next pass of the step that was taken."""
 
-    def commit_drafts(self, plan: PassPlan, counts: Tensor) -> None:
+    def commit_drafts(self, plan: PassPlan, counts: np.ndarray) -> None:
         """Lets the context tower's states go on by so many tokens (n,) of the drafts that the pass has verified."""
 
 
@@ -52,55 +52,47 @@ class StepFill:
         for count in itertools.count(1):
             if plan.next_tokens is not None:
                 plan.next_tokens.bitmasks = bitmasks
-                self.add_next_tokens(plan.next_tokens, logits)
+                self.add_next_tokens(plan.next_tokens, logits.context, logits)
             if plan.drafted is not None:
-                self.verify(plan, logits)
+                self.add_next_tokens(plan.drafted, logits.drafts, logits)
+                self._source.commit_drafts(plan, self._rows.num_new[plan.drafts.rows.host.batch_rows])
             if plan.canvases is not None:
                 self.denoise(plan.canvases, logits)
             if self._rows.is_over_after(count):
                 return
             plan, logits = self._source.run_pass()
 
-    def add_next_tokens(self, targets: NextTokens, logits: StepLogits) -> None:
-        """Adds the tokens that the context head gives rows (A,)."""
-        for part, predicted in self._decision.predict(targets, logits.context, logits.context_head, logits.tile):
-            count, rows = len(part), part.rows
-            tokens = predicted.tokens[:count]
-            self._check(part, predicted)
-            self._text.gpu[part.slots[:count], part.starts[:count]] = tokens.to(self._text.gpu.dtype)
-            self.tokens[rows.batch_rows[:count], part.on_device(part.num_returned)] = tokens
-            self._decision.record(part, predicted, torch.ones_like(tokens, dtype=torch.bool))
-            stops = zip(part.host_slots, tokens.tolist(), strict=True)
-            ends = np.array([token in self._table.stops[slot] for slot, token in stops])
-            self._rows.add_tokens(rows.host.batch_rows, 1, ends)
+    def add_next_tokens(self, targets: NextTokens, hidden: Tensor, logits: StepLogits) -> None:
+        """Adds the tokens that the context head gives from ``hidden`` (A, H) behind texts, or behind tokens of drafts.
 
-    def verify(self, plan: PassPlan, logits: StepLogits) -> None:
-        """Adds the tokens of drafts that the context head would have given too, and the one behind them."""
-        read = self._rows.read.copy()
-        for part, predicted in self._decision.predict(plan.drafted, logits.drafts, logits.context_head, logits.tile):
-            width, count = part.rows_together, len(part) // part.rows_together
-            tokens = predicted.tokens.view(-1, width)
-            counts = self._until_end(part, torch.cat((num_accepted(part, tokens)[:, None], tokens), 1)[:count].tolist())
-            on_device, batch_rows = part.on_device(counts), part.rows.host.batch_rows[::width]
-            tokens, slots, starts = tokens[:count], part.slots[::width][:count], part.starts[::width][:count]
+        Of a draft as many are new as it holds, up to one that ends its request.
+        """
+        width = targets.rows_together
+        for part, predicted in self._decision.predict(targets, hidden, logits.context_head, logits.tile):
+            count, rows = len(part), part.rows
+            tokens, is_finite = (values[:count].view(-1, width) for values in (predicted.tokens, predicted.is_finite))
+            counts, ends = self._until_end(part, tokens)
+            slots, starts, batch_rows = (values[:count:width] for values in (part.slots, part.starts, rows.batch_rows))
+            on_device = part.on_device(counts)
             newest = tokens.gather(1, on_device[:, None] - 1)[:, 0]
+            # What is before it in a draft is in the text already.
             self._text.gpu[slots, starts + on_device - 1] = newest.to(self._text.gpu.dtype)
-            of_batch = part.rows.batch_rows[::width][:count]
-            self.tokens[of_batch[:, None], part.on_device(part.num_returned).view(-1, width)] = tokens
+            self.tokens[rows.batch_rows[:count], part.on_device(part.num_returned)] = predicted.tokens[:count]
             is_new = torch.arange(width, device=tokens.device) < on_device[:, None]
             self._decision.record(part, predicted, is_new.flatten())
-            self.is_finite[of_batch] &= (predicted.is_finite.view(-1, width)[:count] | ~is_new).all(1)
-            self._rows.add_verified(batch_rows, counts)
-        counts = (self._rows.read - read)[plan.drafts.rows.host.batch_rows]
-        self._source.commit_drafts(plan, plan.drafted.on_device(counts))
+            self.is_finite[batch_rows] &= (is_finite | ~is_new).all(1)
+            self._rows.add_tokens(rows.host.batch_rows[::width], counts, ends)
 
-    def _until_end(self, part: DraftedTokens, drafts: list[list[int]]) -> np.ndarray:
-        """How many tokens of drafts are new: so many as each begins with, but none behind one that ends its request."""
-        ends = [
-            next((i for i in range(1, count) if tokens[i - 1] in self._table.stops[slot]), count)
-            for (count, *tokens), slot in zip(drafts, part.host_slots[:: part.rows_together], strict=True)
-        ]
-        return np.array(ends)
+    def _until_end(self, part: NextTokens, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """How many of the ``tokens`` (n, W) are new (n,), and which rows' last new one ends their request (n,)."""
+        slots = part.host_slots[:: part.rows_together]
+        on_host = torch.cat((part.num_new(tokens)[:, None], tokens), 1).tolist()
+        counts, ends = [], []
+        for (count, *row), slot in zip(on_host, slots, strict=True):
+            stops = self._table.stops[slot]
+            counts.append(next((n for n in range(1, count) if row[n - 1] in stops), count))
+            ends.append(row[counts[-1] - 1] in stops)
+        return np.array(counts), np.array(ends)
 
     def denoise(self, canvases: Canvases, logits: StepLogits) -> None:
         """Advances canvases by the pass whose hidden states (T, H) are ``logits.denoiser``."""
@@ -109,7 +101,7 @@ class StepFill:
         for part, predicted in predictions:
             filled = fill_canvases(part, predicted, self._table.rules)
             count, rows = len(part), part.rows
-            self._check(part, predicted)
+            self.is_finite[rows.batch_rows[:count]] &= part.by_row(predicted.is_finite)[:count].all(1)
             self._decision.record(part, predicted, filled.positions.flatten())
             part.store(filled.canvas, filled.step, filled.whole)
             self.tokens[rows.batch_rows[:count], : rows.width] = filled.canvas[:count]
@@ -126,18 +118,6 @@ class StepFill:
         columns = torch.minimum(torch.arange(1, canvas.shape[1], device=canvas.device), last)
         tokens = canvas[index].gather(1, columns).to(self._text.gpu.dtype)
         self._text.gpu[part.slots[index, None], part.starts[index, None] + columns] = tokens
-
-    def _check(self, part: Canvases | NextTokens, predicted: Prediction) -> None:
-        """Notes which rows had logits that are not finite."""
-        count = len(part)
-        self.is_finite[part.rows.batch_rows[:count]] &= part.by_row(predicted.is_finite)[:count].all(1)
-
-
-def num_accepted(part: DraftedTokens, tokens: Tensor) -> Tensor:
-    """How many of the ``tokens`` (D, W) behind those of drafts are new (D,): those up to the first other one."""
-    in_draft = torch.arange(1, part.rows_together, device=tokens.device) < part.draft_lengths[:, None]
-    is_same = (tokens[:, :-1] == part.drafts[:, 1:]) & in_draft
-    return torch.minimum(1 + is_same.cumprod(1).sum(1), part.draft_lengths)
 
 
 @dataclass

@@ -114,6 +114,6 @@ class TwoTowerModelState(ModelState):
         with set_forward_context({}, self.vllm_config, num_tokens=plan.num_tokens):
             return plan, self.model.run(plan)
 
-    def commit_drafts(self, plan: PassPlan, counts: torch.Tensor) -> None:
+    def commit_drafts(self, plan: PassPlan, counts: np.ndarray) -> None:
         """Lets the context tower's states go on by so many tokens (n,) of the drafts that the pass has verified."""
-        self.planner.advance_states(plan, counts)
+        self.planner.advance_states(plan, plan.drafted.on_device(counts))

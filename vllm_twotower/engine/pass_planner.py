@@ -145,8 +145,7 @@ class PassPlanner:
         input_ids = self._text[drafts.slots[drafts.row], drafts.positions].long()
         plan.drafts = ContextInputs(attention, drafts, input_ids, slice(None), None)
         of_row = input_ids.view(len(drafts), drafts.width)
-        num_returned = step.rows.num_new[drafts.host.batch_rows]
-        plan.drafted = DraftedTokens(drafts.behind_each_token(), self.table, of_row, num_returned)
+        plan.drafted = DraftedTokens(drafts.behind_each_token(), self.table, of_row)
 
     def _begin_drafts(self, rows: StepRows, denoiser: DeviceRows) -> None:
         """Puts the newest token at the start of canvases that are drafts, before their first pass."""

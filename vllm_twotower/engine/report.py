@@ -37,7 +37,7 @@ class Report:
     @staticmethod
     def pack(rows: StepRows, is_finite: Tensor) -> Tensor:
         """(R,) int64, bitwise complements, which are negative, where not ``is_finite`` (R,)."""
-        width = np.where(rows.is_ar, 1, rows.room - (rows.is_verified & rows.is_chunk))
+        width = np.where(rows.is_ar, 1, rows.room)
         packed = np.zeros_like(width)
         for count in (
             rows.context_passes,

@@ -15,8 +15,8 @@ Where Mamba states of generated text are cached, the context tower stops, and re
 
 A block that is verified begins with the newest token, unread. The denoiser drafts what follows it; then the context
 tower reads all of it. What it would have given itself is accepted, with one token more, which is unread again. All this
-is done in one step, however many passes that may make. After a prompt the context head gives one token, and a draft
-begins only if no other request waits for the step's end. For the last token of a page the context head gives one too.
+is done in one step, however many passes that may make. After a prompt, and after the last token of a page, the context
+head gives one token instead.
 """
 
 from __future__ import annotations
@@ -65,30 +65,22 @@ class StepRows:
         self.is_chunk = num_computed < prefill_len
         self.known = num_computed + num_scheduled - num_drafts
         self.read = np.where(self.is_chunk, num_computed, table.read[slots])
-        ends_prompt = self.is_chunk & (self.known >= prefill_len)
+        self._has_grammar = table.has_grammar[slots]
         one_draft = np.where(self.is_chunk, table.starts_with_ar[slots], num_drafts == 1)
         self.is_ar = table.is_ar[slots] | (table.is_auto[slots] & one_draft)
-        canvas = np.minimum(table.width[slots], table.max_model_len - self.known)
-        ends = np.minimum(max_len, table.max_model_len)
-        # States have slots up to the end of the page that the last scheduled token is in.
-        last = self.known - self.is_chunk
-        page = state_block_size - last % state_block_size + ~self.is_chunk
-        tokens = np.minimum(np.minimum(ends - self.known, page), table.engine.canvas_length)
-        self._has_grammar = table.has_grammar[slots]
-        drafts = table.verifies[slots] & ~self.is_ar
-        # A block that is verified begins with the newest token, and ends with the page that its states are in.
-        newest = self.known - ~self.is_chunk
-        in_page = state_block_size - newest % state_block_size
-        in_page = np.where(self.is_chunk & (in_page == state_block_size), 0, in_page)
-        verified = np.minimum(np.minimum(table.width[slots], in_page), ends - newest - 1)
-        verified = np.minimum(verified, table.engine.canvas_length - self.is_chunk)
-        begins = np.where(self.is_chunk, ends_prompt & (len(slots) == 1), True)
-        self.is_verified = drafts & begins & (verified > 1)
-        one_token = self._has_grammar | drafts
-        self.is_ar |= one_token & ~self.is_verified
-        tokens = np.where(one_token, 1, tokens)
-        fills = np.where(self.is_chunk, ends_prompt, self.is_ar | (num_drafts == canvas))
-        self.room = fills * np.where(self.is_ar, tokens, np.where(self.is_verified, verified + self.is_chunk, canvas))
+        width, to_come = table.width[slots], np.minimum(max_len, table.max_model_len) - self.known
+        # A state has a slot if the page that it is in has one: that of the last scheduled token, or of a draft's first.
+        last, newest = self.known - self.is_chunk, self.known - 1
+        after_last, after_newest = (state_block_size - position % state_block_size for position in (last, newest))
+        verified = np.minimum(np.minimum(width, after_newest), to_come)
+        verifies = table.verifies[slots] & ~self.is_ar
+        self.is_verified = verifies & ~self.is_chunk & (verified > 1)
+        self.is_ar |= verifies & ~self.is_verified
+        tokens = np.minimum(np.minimum(to_come, after_last + ~self.is_chunk), table.engine.canvas_length)
+        tokens = np.where(self._has_grammar | verifies, 1, tokens)
+        canvas = np.minimum(width, table.max_model_len - self.known)
+        fills = np.where(self.is_chunk, self.known >= prefill_len, self.is_ar | (num_drafts == canvas))
+        self.room = fills * np.select((self.is_ar, self.is_verified), (tokens, verified), canvas)
         self._is_drafted = np.zeros(len(slots), dtype=bool)
         self.num_new = np.zeros_like(slots)
         self.context_passes, self.denoiser_passes = np.zeros_like(slots), np.zeros_like(slots)
@@ -122,7 +114,7 @@ class StepRows:
     @property
     def num_accepted(self) -> np.ndarray:
         """The tokens of drafts that were accepted; -1 where none was verified."""
-        return np.where(self.is_verified & (self.denoiser_passes > 0), self.num_new - 1 - self.is_chunk, -1)
+        return np.where(self.is_verified, self.num_new - 1, -1)
 
     @property
     def waits(self) -> np.ndarray:
@@ -134,7 +126,7 @@ class StepRows:
 
         Those that it verifies are not among them, see :meth:`take_drafts`.
         """
-        rows = np.flatnonzero(self._runs & ~self._drafts & (self.unread > 0))
+        rows = np.flatnonzero(self._runs & ~self.is_verified & (self.unread > 0))
         starts, is_chunk = self.read[rows], self.is_chunk[rows] & (self.context_passes[rows] == 0)
         stops = np.where(is_chunk, self.known[rows], next_stop(starts, self._commit_interval))
         context = TowerRows(rows, starts, np.minimum(self.known[rows], stops) - starts)
@@ -145,45 +137,36 @@ class StepRows:
         self.read[context.batch_rows] += context.lengths
         self.context_passes[rows] += 1
         self._runs &= self.room > 0
-        gets_token = self._runs & (self.is_ar | self.is_verified) & (self.unread == 0)
+        gets_token = self._runs & self.is_ar & (self.unread == 0)
         return context, gets_token[context.batch_rows]
 
-    @property
-    def _drafts(self) -> np.ndarray:
-        """The rows whose newest token begins a block that is verified."""
-        return self.is_verified & (~self.is_chunk | (self.num_new > 0))
-
     def take_drafts(self) -> TowerRows:
-        """The blocks that the context tower verifies in the next pass; they are read once :meth:`add_verified` says."""
+        """The drafts that the context tower verifies in the next pass; what is read :meth:`add_tokens` says then."""
         rows = np.flatnonzero(self._runs & self._is_drafted)
         self.context_passes[rows] += 1
-        return TowerRows(rows, self.read[rows], (self.room - self.num_new)[rows])
+        return TowerRows(rows, self.read[rows], self.room[rows])
 
     def take_canvases(self) -> TowerRows:
         """The denoiser's rows of the next pass, after :meth:`take_context` and :meth:`take_drafts`."""
-        rows = np.flatnonzero(
-            self._runs & ~self.is_ar & np.where(self.is_verified, self._drafts & ~self._is_drafted, self.unread == 0)
-        )
-        self.denoiser_passes[rows] += 1
         starts = np.where(self.is_verified, self.read, self.known)
-        return TowerRows(rows, starts[rows], (self.room - self.num_new)[rows])
+        is_next = np.where(self.is_verified, ~self._is_drafted, self.unread == 0)
+        rows = np.flatnonzero(self._runs & ~self.is_ar & is_next)
+        self.denoiser_passes[rows] += 1
+        return TowerRows(rows, starts[rows], self.room[rows])
 
-    def add_tokens(self, rows: np.ndarray, counts: np.ndarray | int, ends: np.ndarray) -> None:
-        """Counts new tokens of some rows (n,); those that are full, or where it ``ends`` (n,), are done."""
+    def add_tokens(self, rows: np.ndarray, counts: np.ndarray, ends: np.ndarray) -> None:
+        """Counts new tokens of rows (n,); those that are full, verified, or where it ``ends`` (n,), are done."""
+        is_verified = self.is_verified[rows]
+        self.read[rows] += counts * is_verified
         self.known[rows] += counts
         self.num_new[rows] += counts
-        self._runs[rows] &= ~(ends | (self.num_new[rows] >= self.room[rows]))
+        self._runs[rows] &= ~(ends | is_verified | (self.num_new[rows] >= self.room[rows]))
 
     def add_canvases(self, rows: np.ndarray) -> None:
         """Counts canvases (n,) that are whole: their tokens are new, but for drafts, which are to be verified."""
         self._is_drafted[rows] = self.is_verified[rows]
         rows = rows[~self.is_verified[rows]]
         self.add_tokens(rows, self.room[rows], np.ones(len(rows), dtype=bool))
-
-    def add_verified(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Counts the new tokens (n,) of verified blocks; but for the last one each, all is read."""
-        self.read[rows] += counts
-        self.add_tokens(rows, counts, np.ones(len(rows), dtype=bool))
 
     @property
     def done(self) -> np.ndarray:

@@ -129,6 +129,10 @@ class NextTokens(Targets):
     def returned_column(self) -> np.ndarray:
         return self.num_returned
 
+    def num_new(self, tokens: Tensor) -> Tensor:
+        """How many of the ``tokens`` (n, W) are new (n,)."""
+        return torch.ones_like(tokens[:, 0])
+
     def restrict(self, logits: Tensor) -> None:
         if not self.bitmasks:
             return
@@ -148,20 +152,23 @@ class DraftedTokens(NextTokens):
     last token mean nothing.
     """
 
-    def __init__(self, rows: DeviceRows, table: RequestTable, drafts: Tensor, num_returned: np.ndarray):
-        """``rows`` as :meth:`DeviceRows.behind_each_token` gives them; ``drafts`` (D, W), of ``draft_lengths`` (D,).
-
-        The step has ``num_returned`` (D,) tokens of their requests already.
-        """
+    def __init__(self, rows: DeviceRows, table: RequestTable, drafts: Tensor):
+        """``rows`` as :meth:`DeviceRows.behind_each_token` gives them; ``drafts`` (D, W), of ``draft_lengths`` (D,)."""
         self.drafts, self.rows_together = drafts, drafts.shape[1]
         self.draft_lengths = rows.lengths[:: self.rows_together]
-        super().__init__(rows, table, (num_returned[:, None] + np.arange(self.rows_together)).ravel())
+        super().__init__(rows, table, np.arange(len(rows.host)) % self.rows_together)
 
     def take(self, index: np.ndarray) -> DraftedTokens:
         """The rows of some drafts, each draft whole."""
-        of_drafts = index[:: self.rows_together]
-        drafts = self.drafts[self.on_device(of_drafts // self.rows_together)]
-        return DraftedTokens(self.rows.take(index), self.table, drafts, self.num_returned[of_drafts])
+        of_drafts = index[:: self.rows_together] // self.rows_together
+        return DraftedTokens(self.rows.take(index), self.table, self.drafts[self.on_device(of_drafts)])
+
+    def num_new(self, tokens: Tensor) -> Tensor:
+        """Those up to the first that is another than the draft has in its place."""
+        lengths = self.draft_lengths[: len(tokens)]
+        in_draft = torch.arange(1, self.rows_together, device=tokens.device) < lengths[:, None]
+        is_same = (tokens[:, :-1] == self.drafts[: len(tokens), 1:]) & in_draft
+        return torch.minimum(1 + is_same.cumprod(1).sum(1), lengths)
 
 
 class Canvases(Targets):

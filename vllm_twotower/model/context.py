@@ -69,6 +69,13 @@ def cached_states(mixer: MambaMixer2, indices: Tensor) -> tuple[Tensor, Tensor]:
     return (conv.transpose(1, 2) if is_conv_state_dim_first() else conv), ssm_cache[indices].float()
 
 
+def blank_states(mixer: MambaMixer2, num_rows: int) -> tuple[Tensor, Tensor]:
+    """As :func:`cached_states`, before there are any: for profiling memory."""
+    like, width = mixer.conv1d.weight, mixer.conv_kernel_size - 1
+    ssm = like.new_zeros(num_rows, mixer.tped_dt_size, mixer.head_dim, mixer.ssm_state_size, dtype=torch.float32)
+    return like.new_zeros(num_rows, width, mixer.tped_conv_size), ssm
+
+
 def mix_from(
     mixer: MambaMixer2, xbc: Tensor, dt: Tensor, conv_state: Tensor, ssm_state: Tensor
 ) -> tuple[Tensor, Scanned]:
@@ -109,6 +116,10 @@ class ContextMambaMixer(MambaMixer2):
     It keeps no states from inside a chunk, so vLLM ends prompt chunks at the borders where states are cached.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.num_spec = 0
+
     def conv_ssm_forward(self, projected_states: Tensor, output: Tensor) -> Tensor | None:
         """vLLM's, but for tokens that may be rejected; (T, D) -> ``output`` (T, n * p)."""
         metadata = get_forward_context().attn_metadata
@@ -123,6 +134,12 @@ class ContextMambaMixer(MambaMixer2):
         output.copy_(y)
         return None
 
+    def blank_read(self, num_rows: int, width: int) -> Scanned:
+        """What a read of so many rows that may be rejected keeps; for profiling memory."""
+        like = self.conv1d.weight
+        xbc, dt = (like.new_zeros(num_rows, width, size) for size in (self.tped_conv_size, self.tped_dt_size))
+        return mix_from(self, xbc, dt, *blank_states(self, num_rows))[1]
+
     def commit(self, read: UncommittedRead, counts: Tensor) -> None:
         """Writes the states after the first ``counts`` (R,) tokens of the rows that it has read."""
         scanned, index = read.scanned, read.state_indices
@@ -134,10 +151,6 @@ class ContextMambaMixer(MambaMixer2):
         window = counts[:, None] + torch.arange(self.conv_kernel_size - 1, device=counts.device)
         conv = scanned.inputs.gather(1, window.unsqueeze(-1).expand(-1, -1, scanned.inputs.shape[2]))
         conv_cache[index] = (conv.transpose(1, 2) if is_conv_state_dim_first() else conv).to(conv_cache.dtype)
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.num_spec = 0
 
     def get_attn_backend(self) -> type[CommittedMambaBackend]:
         return CommittedMambaBackend

@@ -23,7 +23,7 @@ from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backe
 
 from vllm_twotower.options import ATTENTION_BACKENDS, ATTENTION_REASON
 
-from .context import cached_states, mamba_mixer, mix_from, moe_mixer
+from .context import blank_states, cached_states, mamba_mixer, mix_from, moe_mixer
 
 CONTEXT_PREFIX, DENOISER_PREFIX = "context_tower", "denoiser_tower"
 
@@ -101,24 +101,19 @@ class DenoiserMambaMixer(MambaMixer2):
         super().__init__(*args, **kwargs)
         del get_current_vllm_config().compilation_config.static_forward_context[self.prefix]
 
-    def _seed(self, rows: CanvasRows, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _seed(self, rows: CanvasRows) -> tuple[Tensor, Tensor]:
         """The context layer's states: convolution inputs (R, k - 1, C) and SSM states (R, n, p, s) in fp32."""
         name = _context_name(self.prefix)
         indices = rows.state_indices.get(name)
         if indices is None:
-            return (
-                like.new_zeros(rows.num_rows, self.conv_kernel_size - 1, self.tped_conv_size),
-                like.new_zeros(
-                    rows.num_rows, self.tped_dt_size, self.head_dim, self.ssm_state_size, dtype=torch.float32
-                ),
-            )
+            return blank_states(self, rows.num_rows)
         return cached_states(get_forward_context().no_compile_layers[name], indices)
 
     def forward(self, hidden_states: Tensor, rows: CanvasRows) -> Tensor:
         """(T, H) -> (T, H)."""
         projected, _ = self.in_proj(hidden_states)
         gate, xbc, dt = projected.split([self.tped_intermediate_size, self.tped_conv_size, self.tped_dt_size], dim=-1)
-        y, _ = mix_from(self, rows.by_row(xbc), rows.by_row(dt), *self._seed(rows, projected))
+        y, _ = mix_from(self, rows.by_row(xbc), rows.by_row(dt), *self._seed(rows))
         return self.out_proj(self.norm(y.to(hidden_states.dtype), gate))[0]
 
 

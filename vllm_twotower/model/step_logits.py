@@ -14,6 +14,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_twotower.sampling.prediction import MASKED_LOGIT
 
+from .context import Scanned
+
 
 @dataclass
 class Best:
@@ -74,6 +76,8 @@ class StepLogits:
     tile: int
     """The most rows whose logits the sampler may ask for at once."""
     grammar: tuple[Sequence[str], np.ndarray] | None = None
+    kept: Sequence[Scanned] = ()
+    """While memory is profiled, as much as Mamba layers keep of drafts until these are verified."""
 
     @property
     def shape(self) -> tuple[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ from vllm_twotower.architecture import TwoTowerConfig
 from vllm_twotower.checkpoint import WeightCheck
 from vllm_twotower.options import EngineOptions
 
-from .context import context_tower
+from .context import ContextMambaMixer, context_tower
 from .denoiser import CONTEXT_PREFIX, DENOISER_PREFIX, CanvasRows, DenoiserTower
 from .shared_memory import remove_group_names
 from .step_logits import OutputHead, StepLogits, logit_rows_per_tile
@@ -160,9 +161,11 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         self.context_tower(input_ids, positions)
         width = self.options.canvas_length
         rows = CanvasRows(-(-len(input_ids) // width), width)
+        mixers = [module for module in self.context_tower.modules() if isinstance(module, ContextMambaMixer)]
+        kept = [mixer.blank_read(rows.num_rows, width) for mixer in mixers]
         canvases = F.pad(input_ids, (0, rows.num_rows * width - len(input_ids)))
         hidden = self.denoise(canvases, rows, torch.ones(rows.num_rows, device=input_ids.device))[: len(input_ids)]
-        self._step_logits = self._logits(None, None, hidden)
+        self._step_logits = replace(self._logits(None, None, hidden), kept=kept)
         return hidden
 
     def compute_logits(self, hidden_states: Tensor) -> StepLogits | Tensor:
