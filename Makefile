@@ -68,8 +68,16 @@ demo: setup  ## generate with the tiny model, AR against diffusion
 serve: setup  ## serve the tiny model over HTTP (MODEL=, CONFIG=, THREADS=)
 	$(RUN) $(THREADING) vllm serve $(MODEL) --config $(CONFIG)
 
+# The kernels for GPUs are tested without one: in Triton's interpreter, and by what they compile to. PyTorch for GPUs
+# brings Triton itself.
+TRITON ?= triton==3.9.0
+TRITON_STAMP := $(VENV)/.triton-done
+$(TRITON_STAMP): $(STAMP)
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(call PIP,$(VENV)) install --no-deps --quiet $(INDEX_ARGS) $(TRITON)
+	@touch $@
+
 # Engines of the tests run on one thread each, so files can take turns on two cores.
-test: setup  ## run the tests but slow ones (ARGS="-m slow": those; ARGS="-k name"; TEST_WORKERS=0: one process)
+test: setup $(TRITON_STAMP)  ## run the tests but slow ones (ARGS="-m slow": those; ARGS="-k name"; TEST_WORKERS=0: one process)
 	$(RUN) python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow' \
 		tests/unit tests/engine tests/distributed tests/server tests/gpu $(ARGS)
 

@@ -96,7 +96,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=[golden_data.checkpoint("C"), TRAINED], ids=["C", "trained"])
 def expected(request: pytest.FixtureRequest) -> tuple[Path, list[RandomRequest], list[RequestOutput]]:
     """A checkpoint, requests, and what mode ``ar`` answers."""
-    requests = drawn(40, request.param == TRAINED)
+    requests = drawn(30, request.param == TRAINED)
     with running_engine(request.param, max_model_len=256, **TOGETHER) as llm:
         return request.param, requests, run(llm, requests)
 

@@ -1,0 +1,177 @@
+"""Calls of the Triton kernels beside those of their namesakes in torch, for the interpreter and for GPUs.
+
+python kernel_cases.py prints, in Triton's interpreter, how far each result is from torch's, by kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+import torch
+from row_options import row_options
+from torch import Tensor
+
+from vllm_twotower.kernels import modulated_norm, row_statistics, seeded_mamba
+from vllm_twotower.kernels.on_gpu import mamba, unmasking
+from vllm_twotower.kernels.on_gpu import modulated_norm as modulated_norm_on_gpu
+from vllm_twotower.kernels.on_gpu import row_statistics as row_statistics_on_gpu
+from vllm_twotower.sampling.strategies import DenoiserPass, confidence_unmasking
+
+Results = tuple[Tensor, ...]
+Calls = tuple[Callable[[], Results], Callable[[], Results]]
+"""Of a kernel and of torch, on the same arguments."""
+RELEASED = {"heads": 64, "channels": 64, "groups": 8, "size": 128}
+
+
+class Random:
+    """Tensors of one generator on a device."""
+
+    def __init__(self, seed: int, device: str):
+        self._generator, self._device = torch.Generator().manual_seed(seed), device
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=self._generator).to(self._device, dtype)
+
+    def below(self, limit: int, *shape: int) -> Tensor:
+        return torch.randint(limit, shape, generator=self._generator).to(self._device)
+
+
+def conv(
+    random: Random, rows: int, positions: int, channels: int, dtype: torch.dtype = torch.float32, bias: bool = True
+) -> Calls:
+    """A cache whose dimensions lie the other way round, as vLLM's may, and a view of a wider projection."""
+    xbc = random.normal(rows, positions, channels + 7, dtype=dtype)[..., :channels]
+    states = random.normal(5, channels, 3, dtype=dtype).transpose(1, 2)
+    indices, weight = random.below(5, rows), random.normal(channels, 4, dtype=dtype)
+    offset = random.normal(channels, dtype=dtype) if bias else None
+    return (
+        lambda: (mamba.seeded_conv(xbc, states, indices, weight, offset),),
+        lambda: (seeded_mamba.seeded_conv(torch.cat((states[indices], xbc), 1), weight, offset),),
+    )
+
+
+def scan(random: Random, rows: int, positions: int, heads: int, channels: int, groups: int, size: int) -> Calls:
+    """Views of what a convolution gives, and decays up to what would overflow one factor."""
+    mixed = random.normal(rows, positions, heads * channels + 2 * groups * size)
+    x, b, c = mixed.split([heads * channels, groups * size, groups * size], -1)
+    x, b, c = x.unflatten(-1, (heads, channels)), b.unflatten(-1, (groups, size)), c.unflatten(-1, (groups, size))
+    dt, a = random.normal(rows, positions, heads).exp(), -2 * random.normal(heads).exp()
+    states, indices, d = random.normal(5, heads, channels, size), random.below(5, rows), random.normal(heads)
+    return (
+        lambda: (mamba.seeded_scan(x, dt, a, b, c, d, states, indices),),
+        lambda: (seeded_mamba.seeded_scan(x, dt, a, b, c, d, states[indices]),),
+    )
+
+
+def norm(
+    random: Random, rows: int, positions: int, channels: int, before: bool, dtype: torch.dtype = torch.float32
+) -> Calls:
+    x, mixed = (random.normal(rows * positions, channels, dtype=dtype) for _ in range(2))
+    shift, scale, gate = random.normal(rows, 3, channels, dtype=dtype).unbind(1)
+    arguments = (x, mixed, gate, shift, scale, random.normal(channels, dtype=dtype), 1e-5, before)
+    return (
+        lambda: modulated_norm_on_gpu.gated_residual_norm(*arguments),
+        lambda: modulated_norm.gated_residual_norm(*arguments),
+    )
+
+
+def statistics(
+    random: Random, rows: int, vocabulary: int, never: int | None, dtype: torch.dtype = torch.float32
+) -> Calls:
+    """Equal largest logits, a row of impossible tokens but one, and one with NaN."""
+    logits = 4 * random.normal(rows, vocabulary, dtype=dtype)
+    logits[0, [vocabulary // 3, vocabulary - 1]] = 40
+    if never is not None:
+        logits[:, never] = 50
+    if rows > 2:
+        logits[1] = -torch.inf
+        logits[1, vocabulary // 2] = 1
+        logits[2, vocabulary // 2] = torch.nan
+
+    def of(function: Callable[..., Results]) -> Results:
+        tokens, largest, logsumexp = function(logits, never)
+        is_finite = logsumexp.isfinite()
+        return tokens[is_finite], largest[is_finite], logsumexp[is_finite], is_finite
+
+    return lambda: of(row_statistics_on_gpu.row_statistics), lambda: of(row_statistics.row_statistics)
+
+
+def unmask(random: Random, rows: int, positions: int) -> Calls:
+    """Few values, so that many are equal; among the rows whole ones, and some in their last pass."""
+    confidence = random.below(8, rows, positions) / 8
+    masked = random.below(3, rows, positions) > 0
+    masked[0] = False
+    step, steps = random.below(5, rows), 1 + random.below(8, rows)
+    threshold = random.below(8, rows) / 8
+    options = row_options(rows)
+    options.max_steps, options.confidence_threshold = steps, threshold
+    zeros = torch.zeros_like(step)
+    denoised = DenoiserPass(zeros[:, None].expand_as(masked), confidence, masked, step, zeros, zeros + positions)
+    return (
+        lambda: (unmasking.confidence_unmasking(denoised, options).positions,),
+        lambda: (confidence_unmasking(denoised, options).positions,),
+    )
+
+
+BF16 = torch.bfloat16
+CASES: dict[str, list[tuple[Callable[..., Calls], dict[str, Any]]]] = {
+    "conv": [
+        (conv, {"rows": 3, "positions": 16, "channels": 96}),
+        (conv, {"rows": 1, "positions": 9, "channels": 70, "bias": False}),
+        (conv, {"rows": 2, "positions": 1, "channels": 6}),
+        (conv, {"rows": 2, "positions": 16, "channels": 6144, "dtype": BF16}),
+    ],
+    "scan": [
+        (scan, {"rows": 3, "positions": 16, "heads": 12, "channels": 32, "groups": 2, "size": 32}),
+        (scan, {"rows": 1, "positions": 9, "heads": 3, "channels": 8, "groups": 1, "size": 6}),
+        (scan, {"rows": 2, "positions": 1, "heads": 4, "channels": 40, "groups": 2, "size": 24}),
+        (scan, {"rows": 1, "positions": 16, **RELEASED}),
+    ],
+    "norm": [
+        (norm, {"rows": 3, "positions": 16, "channels": 192, "before": True}),
+        (norm, {"rows": 1, "positions": 9, "channels": 70, "before": False}),
+        (norm, {"rows": 2, "positions": 16, "channels": 2688, "before": False}),
+        (norm, {"rows": 2, "positions": 16, "channels": 2688, "before": True, "dtype": BF16}),
+    ],
+    "statistics": [
+        (statistics, {"rows": 5, "vocabulary": 320, "never": 3}),
+        (statistics, {"rows": 3, "vocabulary": 4097, "never": None}),
+        (statistics, {"rows": 4, "vocabulary": 131072, "never": 131071}),
+        (statistics, {"rows": 3, "vocabulary": 9001, "never": 0, "dtype": BF16}),
+    ],
+    "unmask": [
+        (unmask, {"rows": 40, "positions": 16}),
+        (unmask, {"rows": 9, "positions": 7}),
+        (unmask, {"rows": 1, "positions": 1}),
+    ],
+}
+
+
+def calls(kernel: str, device: str = "cpu") -> Iterator[Calls]:
+    """The calls of a kernel's cases."""
+    for seed, (make, arguments) in enumerate(CASES[kernel]):
+        yield make(Random(seed, device), **arguments)
+
+
+def error(got: Results, want: Results) -> float:
+    """The largest difference, of floats relative to the largest value; infinite if anything else differs."""
+    worst = 0.0
+    for mine, its in zip(got, want, strict=True):
+        if mine.shape != its.shape or mine.dtype != its.dtype:
+            return float("inf")
+        if not its.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(mine, its) else float("inf"))
+        elif its.numel():
+            difference = (mine.float() - its.float()).abs().max() / its.float().abs().max().clamp(min=1)
+            worst = max(worst, difference.nan_to_num(nan=float("inf")).item())
+    return worst
+
+
+if __name__ == "__main__":
+    print(json.dumps({kernel: [error(mine(), its()) for mine, its in calls(kernel)] for kernel in CASES}))
