@@ -14,14 +14,13 @@ if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 import torch
-from row_options import row_options
 from torch import Tensor
 
-from vllm_twotower.kernels import modulated_norm, row_statistics, seeded_mamba
-from vllm_twotower.kernels.on_gpu import mamba, unmasking
+from vllm_twotower.kernels import modulated_norm, seeded_mamba, unmasking, vocabulary
 from vllm_twotower.kernels.on_gpu import modulated_norm as modulated_norm_on_gpu
-from vllm_twotower.kernels.on_gpu import row_statistics as row_statistics_on_gpu
-from vllm_twotower.sampling.strategies import DenoiserPass, confidence_unmasking
+from vllm_twotower.kernels.on_gpu import seeded_mamba as seeded_mamba_on_gpu
+from vllm_twotower.kernels.on_gpu import unmasking as unmasking_on_gpu
+from vllm_twotower.kernels.on_gpu import vocabulary as vocabulary_on_gpu
 
 Results = tuple[Tensor, ...]
 Calls = tuple[Callable[[], Results], Callable[[], Results]]
@@ -51,8 +50,8 @@ def conv(
     indices, weight = random.below(5, rows), random.normal(channels, 4, dtype=dtype)
     offset = random.normal(channels, dtype=dtype) if bias else None
     return (
-        lambda: (mamba.seeded_conv(xbc, states, indices, weight, offset),),
-        lambda: (seeded_mamba.seeded_conv(torch.cat((states[indices], xbc), 1), weight, offset),),
+        lambda: (seeded_mamba_on_gpu.seeded_conv(xbc, states, indices, weight, offset),),
+        lambda: (seeded_mamba.seeded_conv(xbc, states, indices, weight, offset),),
     )
 
 
@@ -64,8 +63,8 @@ def scan(random: Random, rows: int, positions: int, heads: int, channels: int, g
     dt, a = random.normal(rows, positions, heads).exp(), -2 * random.normal(heads).exp()
     states, indices, d = random.normal(5, heads, channels, size), random.below(5, rows), random.normal(heads)
     return (
-        lambda: (mamba.seeded_scan(x, dt, a, b, c, d, states, indices),),
-        lambda: (seeded_mamba.seeded_scan(x, dt, a, b, c, d, states[indices]),),
+        lambda: (seeded_mamba_on_gpu.seeded_scan(x, dt, a, b, c, d, states, indices),),
+        lambda: (seeded_mamba.seeded_scan(x, dt, a, b, c, d, states, indices),),
     )
 
 
@@ -81,25 +80,23 @@ def norm(
     )
 
 
-def statistics(
-    random: Random, rows: int, vocabulary: int, never: int | None, dtype: torch.dtype = torch.float32
-) -> Calls:
+def statistics(random: Random, rows: int, size: int, never: int | None, dtype: torch.dtype = torch.float32) -> Calls:
     """Equal largest logits, a row of impossible tokens but one, and one with NaN."""
-    logits = 4 * random.normal(rows, vocabulary, dtype=dtype)
-    logits[0, [vocabulary // 3, vocabulary - 1]] = 40
+    logits = 4 * random.normal(rows, size, dtype=dtype)
+    logits[0, [size // 3, size - 1]] = 40
     if never is not None:
         logits[:, never] = 50
     if rows > 2:
         logits[1] = -torch.inf
-        logits[1, vocabulary // 2] = 1
-        logits[2, vocabulary // 2] = torch.nan
+        logits[1, size // 2] = 1
+        logits[2, size // 2] = torch.nan
 
     def of(function: Callable[..., Results]) -> Results:
         tokens, largest, logsumexp = function(logits, never)
         is_finite = logsumexp.isfinite()
         return tokens[is_finite], largest[is_finite], logsumexp[is_finite], is_finite
 
-    return lambda: of(row_statistics_on_gpu.row_statistics), lambda: of(row_statistics.row_statistics)
+    return lambda: of(vocabulary_on_gpu.row_statistics), lambda: of(vocabulary.row_statistics)
 
 
 def unmask(random: Random, rows: int, positions: int) -> Calls:
@@ -108,14 +105,10 @@ def unmask(random: Random, rows: int, positions: int) -> Calls:
     masked = random.below(3, rows, positions) > 0
     masked[0] = False
     step, steps = random.below(5, rows), 1 + random.below(8, rows)
-    threshold = random.below(8, rows) / 8
-    options = row_options(rows)
-    options.max_steps, options.confidence_threshold = steps, threshold
-    zeros = torch.zeros_like(step)
-    denoised = DenoiserPass(zeros[:, None].expand_as(masked), confidence, masked, step, zeros, zeros + positions)
+    arguments = (confidence, masked, random.below(8, rows) / 8, step, steps)
     return (
-        lambda: (unmasking.confidence_unmasking(denoised, options).positions,),
-        lambda: (confidence_unmasking(denoised, options).positions,),
+        lambda: (unmasking_on_gpu.most_confident(*arguments),),
+        lambda: (unmasking.most_confident(*arguments),),
     )
 
 
@@ -140,10 +133,10 @@ CASES: dict[str, list[tuple[Callable[..., Calls], dict[str, Any]]]] = {
         (norm, {"rows": 2, "positions": 16, "channels": 2688, "before": True, "dtype": BF16}),
     ],
     "statistics": [
-        (statistics, {"rows": 5, "vocabulary": 320, "never": 3}),
-        (statistics, {"rows": 3, "vocabulary": 4097, "never": None}),
-        (statistics, {"rows": 4, "vocabulary": 131072, "never": 131071}),
-        (statistics, {"rows": 3, "vocabulary": 9001, "never": 0, "dtype": BF16}),
+        (statistics, {"rows": 5, "size": 320, "never": 3}),
+        (statistics, {"rows": 3, "size": 4097, "never": None}),
+        (statistics, {"rows": 4, "size": 131072, "never": 131071}),
+        (statistics, {"rows": 3, "size": 9001, "never": 0, "dtype": BF16}),
     ],
     "unmask": [
         (unmask, {"rows": 40, "positions": 16}),

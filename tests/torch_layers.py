@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from vllm_twotower.engine import pass_planner
 from vllm_twotower.engine.prefix_cache import state_column
-from vllm_twotower.kernels.seeded_mamba import seeded_conv
+from vllm_twotower.kernels import seeded_conv
 from vllm_twotower.model.context import UncommittedRead
 from vllm_twotower.model.moe_cpu import CpuMoE
 
@@ -126,7 +126,8 @@ def _mix(projected: Tensor, output: Tensor, layer_name: Any) -> None:
     xbc, dt = projected[:, inner:].view(rows, width, -1).split([mixer.tped_conv_size, mixer.tped_dt_size], -1)
     before = conv_cache[index].masked_fill(is_first, 0)
     state = ssm_cache[index].float().masked_fill(is_first[..., None], 0)
-    conv = seeded_conv(torch.cat((before, xbc), 1), mixer.conv_weights, mixer.conv1d.bias)
+    of_rows = torch.arange(rows, device=before.device)
+    conv = seeded_conv(xbc, before, of_rows, mixer.conv_weights, mixer.conv1d.bias)
     x, b, c = mixer.split_hidden_states_B_C_fn(conv)
     per_group = mixer.num_heads // mixer.n_groups
     x = x.unflatten(-1, (-1, mixer.head_dim))

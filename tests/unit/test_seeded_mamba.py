@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vllm_twotower.kernels.seeded_mamba import advanced_state, seeded_conv, seeded_scan
+from vllm_twotower.kernels import advanced_state, seeded_conv, seeded_scan
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
 
@@ -23,7 +23,8 @@ def test_scan_equals_the_recurrence(device: str, positions: int, groups: int) ->
     x, seed = rand(rows, positions, heads, channels), rand(rows, heads, channels, state_size)
     b, c = rand(rows, positions, groups, state_size), rand(rows, positions, groups, state_size)
     dt, a, d = F.softplus(rand(rows, positions, heads)), -rand(heads).exp(), rand(heads)
-    y = seeded_scan(x, dt, a, b, c, d, seed.clone())
+    indices = torch.arange(rows, device=device)
+    y = seeded_scan(x, dt, a, b, c, d, seed.clone(), indices)
 
     state = seed.clone()
     for i in range(positions):
@@ -44,7 +45,8 @@ def test_strong_decay_does_not_overflow(device: str) -> None:
     x = torch.ones(1, 16, 1, 1, device=device)
     dt, a = torch.full((1, 16, 1), 20.0, device=device), torch.tensor([-30.0], device=device)
     one = torch.ones(1, 16, 1, 1, device=device)
-    y = seeded_scan(x, dt, a, one, one, torch.zeros(1, device=device), torch.full((1, 1, 1, 1), 1e3, device=device))
+    first, state = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1, 1, 1, 1), 1e3, device=device)
+    y = seeded_scan(x, dt, a, one, one, torch.zeros(1, device=device), state, first)
     torch.testing.assert_close(y, torch.full_like(y, 20.0))
 
 
@@ -59,4 +61,9 @@ def test_convolution_equals_torch(device: str, bias: bool) -> None:
     expected = F.silu(F.conv1d(inputs.transpose(1, 2), weight[:, None], offset if bias else None, groups=10)).transpose(
         1, 2
     )
-    torch.testing.assert_close(seeded_conv(inputs, weight, offset if bias else None), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        seeded_conv(x, seed, torch.arange(3, device=device), weight, offset if bias else None),
+        expected,
+        atol=1e-5,
+        rtol=1e-5,
+    )

@@ -1,8 +1,8 @@
 """A Mamba-2 block over one canvas or draft: convolution and scan, seeded with the context tower's state.
 
 A canvas is short, so the scan is one dense product instead of a chunked recurrence (arXiv 2405.21060, section 6, with
-a single chunk). Nothing is written back: a pass leaves the seed as it was. ``R`` canvases of ``S`` positions,
-``C`` convolution channels, ``n`` heads of ``p`` channels, ``g`` groups of state size ``s``.
+a single chunk). Nothing is written back: a pass leaves the N states of a cache as they were. ``R`` canvases of ``S``
+positions, ``C`` convolution channels, ``n`` heads of ``p`` channels, ``g`` groups of state size ``s``.
 """
 
 from __future__ import annotations
@@ -15,26 +15,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def seeded_conv(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def seeded_conv(xbc: Tensor, states: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Causal depthwise convolution, then SiLU.
 
-    Args: inputs (R, k - 1 + S, C), those before the canvas first; weight (C, k); bias (C,) or None.
-    Returns (R, S, C) in fp32.
+    Args: xbc (R, S, C); states (N, k - 1, C), the inputs before those of row r at ``indices[r]``; weight (C, k);
+    bias (C,) or None. Returns (R, S, C) in fp32.
     """
-    inputs, taps = inputs.float(), weight.float()
-    positions = inputs.shape[1] - weight.shape[1] + 1
+    inputs, taps = torch.cat((states[indices].to(xbc.dtype), xbc), 1).float(), weight.float()
+    positions = xbc.shape[1]
     out = inputs[:, :positions] * taps[:, 0]
     for k in range(1, weight.shape[1]):
         out.addcmul_(inputs[:, k : k + positions], taps[:, k])
     return F.silu(out if bias is None else out + bias.float())
 
 
-def seeded_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, seed: Tensor) -> Tensor:
-    """Selective scan ``h = exp(dt A) h + dt B x; y = C h + D x`` from ``h = seed``; all arguments fp32.
+def seeded_scan(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, states: Tensor, indices: Tensor
+) -> Tensor:
+    """Selective scan ``h = exp(dt A) h + dt B x; y = C h + D x`` from ``h = states[indices]``.
 
-    Args: x (R, S, n, p); dt (R, S, n) after softplus; a (n,) negative; b and c (R, S, g, s); d (n,);
-    seed (R, n, p, s). Returns y (R, S, n, p).
+    Args: x (R, S, n, p); dt (R, S, n) after softplus; a (n,) negative; b and c (R, S, g, s); d (n,), all fp32;
+    states (N, n, p, s) of any float dtype; indices (R,). Returns y (R, S, n, p).
     """
+    seed = states[indices].float()
     rows, positions, heads, _ = x.shape
     per_group = heads // b.shape[2]
     log_decay = (dt * a).cumsum(1).transpose(1, 2)  # (R, n, S)

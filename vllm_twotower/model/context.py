@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionBackend, Mamba2AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
-from vllm_twotower.kernels.seeded_mamba import advanced_state, seeded_conv, seeded_scan
+from vllm_twotower.kernels import advanced_state, seeded_conv, seeded_scan
 
 from .moe_cpu import CpuMoE
 
@@ -51,48 +51,50 @@ class CommittedMambaBackend(Mamba2AttentionBackend):
 class Scanned:
     """What a scan from given states ran on, for R rows of S tokens: enough to write the state after any of them.
 
-    ``inputs`` (R, k - 1 + S, C) are those of the convolution, the ones before the rows among them; ``x`` (R, S, n, p),
-    ``dt`` (R, S, n) and ``b`` (R, S, g, s) are fp32.
+    ``xbc`` (R, S, C) are the inputs of the convolution; ``x`` (R, S, n, p), ``dt`` (R, S, n) and ``b`` (R, S, g, s) are
+    fp32.
     """
 
-    inputs: Tensor
+    xbc: Tensor
     x: Tensor
     dt: Tensor
     b: Tensor
 
 
-def cached_states(mixer: MambaMixer2, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """A context layer's states at ``indices`` (R,): convolution inputs (R, k - 1, C), and SSM states (R, n, p, s) in
-    fp32."""
+def cached_states(mixer: MambaMixer2) -> tuple[Tensor, Tensor]:
+    """A context layer's states: convolution inputs (N, k - 1, C) and SSM states (N, n, p, s)."""
     conv_cache, ssm_cache = mixer.kv_cache
-    conv = conv_cache[indices]
-    return (conv.transpose(1, 2) if is_conv_state_dim_first() else conv), ssm_cache[indices].float()
+    return (conv_cache.transpose(1, 2) if is_conv_state_dim_first() else conv_cache), ssm_cache
 
 
-def blank_states(mixer: MambaMixer2, num_rows: int) -> tuple[Tensor, Tensor]:
-    """As :func:`cached_states`, before there are any: for profiling memory."""
-    like, width = mixer.conv1d.weight, mixer.conv_kernel_size - 1
-    ssm = like.new_zeros(num_rows, mixer.tped_dt_size, mixer.head_dim, mixer.ssm_state_size, dtype=torch.float32)
-    return like.new_zeros(num_rows, width, mixer.tped_conv_size), ssm
+def blank_states(mixer: MambaMixer2) -> tuple[Tensor, Tensor]:
+    """As :func:`cached_states`, before there are any, with N = 1: for profiling memory."""
+    like = mixer.conv1d.weight
+    conv = like.new_zeros(1, mixer.conv_kernel_size - 1, mixer.tped_conv_size)
+    return conv, like.new_zeros(1, mixer.tped_dt_size, mixer.head_dim, mixer.ssm_state_size)
 
 
 def mix_from(
-    mixer: MambaMixer2, xbc: Tensor, dt: Tensor, conv_state: Tensor, ssm_state: Tensor
+    mixer: MambaMixer2, projected: Tensor, states: tuple[Tensor, Tensor], indices: Tensor
 ) -> tuple[Tensor, Scanned]:
     """Convolution and scan of R rows of S tokens from their states, in fp32: (R * S, n * p), and what it ran on.
 
-    ``xbc`` (R, S, C) and ``dt`` (R, S, n) are as the input projection gives them.
+    ``projected`` (R, S, C + n) are convolution inputs and time steps as the input projection gives them; ``states`` as
+    of :func:`cached_states`, those of the rows at ``indices`` (R,).
     """
-    inputs = torch.cat((conv_state.to(xbc.dtype), xbc), 1)
-    x, b, c = mixer.split_hidden_states_B_C_fn(seeded_conv(inputs, mixer.conv_weights, mixer.conv1d.bias))
+    xbc, dt = projected.split([mixer.tped_conv_size, mixer.tped_dt_size], dim=-1)
+    conv_states, ssm_states = states
+    mixed = seeded_conv(xbc, conv_states, indices, mixer.conv_weights, mixer.conv1d.bias)
+    x, b, c = mixer.split_hidden_states_B_C_fn(mixed)
     groups = (mixer.n_groups // mixer.tp_size, mixer.ssm_state_size)
     scanned = Scanned(
-        inputs,
+        xbc,
         x.unflatten(-1, (-1, mixer.head_dim)),
         F.softplus(dt.float() + mixer.dt_bias.float()),
         b.unflatten(-1, groups),
     )
-    y = seeded_scan(scanned.x, scanned.dt, mixer.A, scanned.b, c.unflatten(-1, groups), mixer.D.float(), ssm_state)
+    c, d = c.unflatten(-1, groups), mixer.D.float()
+    y = seeded_scan(scanned.x, scanned.dt, mixer.A, scanned.b, c, d, ssm_states, indices)
     return y.flatten(2).flatten(0, 1), scanned
 
 
@@ -129,28 +131,30 @@ class ContextMambaMixer(MambaMixer2):
         by_row = projected_states[:, self.tped_intermediate_size :].unflatten(0, (read.num_rows, -1))
         if read.is_inert is not None:
             by_row = by_row.masked_fill(read.is_inert.unsqueeze(-1), 0)
-        xbc, dt = by_row.split([self.tped_conv_size, self.tped_dt_size], dim=-1)
-        y, read.scanned = mix_from(self, xbc, dt, *cached_states(self, read.state_indices))
+        y, read.scanned = mix_from(self, by_row, cached_states(self), read.state_indices)
         output.copy_(y)
         return None
 
     def blank_read(self, num_rows: int, width: int) -> Scanned:
         """What a read of so many rows that may be rejected keeps; for profiling memory."""
         like = self.conv1d.weight
-        xbc, dt = (like.new_zeros(num_rows, width, size) for size in (self.tped_conv_size, self.tped_dt_size))
-        return mix_from(self, xbc, dt, *blank_states(self, num_rows))[1]
+        size = self.tped_intermediate_size + self.tped_conv_size + self.tped_dt_size
+        projected = like.new_zeros(num_rows, width, size)[..., self.tped_intermediate_size :]
+        indices = torch.zeros(num_rows, dtype=torch.int64, device=like.device)
+        return mix_from(self, projected, blank_states(self), indices)[1]
 
     def commit(self, read: UncommittedRead, counts: Tensor) -> None:
         """Writes the states after the first ``counts`` (R,) tokens of the rows that it has read."""
         scanned, index = read.scanned, read.state_indices
-        conv_cache, ssm_cache = self.kv_cache
+        conv_states, ssm_states = cached_states(self)
         tokens = torch.arange(scanned.dt.shape[1], device=counts.device)
         dt = scanned.dt * (tokens < counts[:, None]).unsqueeze(-1)
-        state = advanced_state(scanned.x, dt, self.A, scanned.b, ssm_cache[index].float())
-        ssm_cache[index] = state.to(ssm_cache.dtype)
+        state = advanced_state(scanned.x, dt, self.A, scanned.b, ssm_states[index].float())
+        ssm_states[index] = state.to(ssm_states.dtype)
+        inputs = torch.cat((conv_states[index].to(scanned.xbc.dtype), scanned.xbc), 1)
         window = counts[:, None] + torch.arange(self.conv_kernel_size - 1, device=counts.device)
-        conv = scanned.inputs.gather(1, window.unsqueeze(-1).expand(-1, -1, scanned.inputs.shape[2]))
-        conv_cache[index] = (conv.transpose(1, 2) if is_conv_state_dim_first() else conv).to(conv_cache.dtype)
+        conv = inputs.gather(1, window.unsqueeze(-1).expand(-1, -1, inputs.shape[2]))
+        conv_states[index] = conv.to(conv_states.dtype)
 
     def get_attn_backend(self) -> type[CommittedMambaBackend]:
         return CommittedMambaBackend

@@ -21,6 +21,7 @@ from vllm.model_executor.models.nemotron_h import NemotronHAttention, NemotronHM
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
 
+from vllm_twotower.kernels import gated_residual_norm
 from vllm_twotower.options import ATTENTION_BACKENDS, ATTENTION_REASON
 
 from .context import blank_states, cached_states, mamba_mixer, mix_from, moe_mixer
@@ -101,24 +102,22 @@ class DenoiserMambaMixer(MambaMixer2):
         super().__init__(*args, **kwargs)
         del get_current_vllm_config().compilation_config.static_forward_context[self.prefix]
 
-    def _seed(self, rows: CanvasRows) -> tuple[Tensor, Tensor]:
-        """The context layer's states: convolution inputs (R, k - 1, C) and SSM states (R, n, p, s) in fp32."""
-        name = _context_name(self.prefix)
-        indices = rows.state_indices.get(name)
-        if indices is None:
-            return blank_states(self, rows.num_rows)
-        return cached_states(get_forward_context().no_compile_layers[name], indices)
-
     def forward(self, hidden_states: Tensor, rows: CanvasRows) -> Tensor:
         """(T, H) -> (T, H)."""
         projected, _ = self.in_proj(hidden_states)
-        gate, xbc, dt = projected.split([self.tped_intermediate_size, self.tped_conv_size, self.tped_dt_size], dim=-1)
-        y, _ = mix_from(self, rows.by_row(xbc), rows.by_row(dt), *self._seed(rows))
+        gate, of_mixer = projected.split([self.tped_intermediate_size, self.tped_conv_size + self.tped_dt_size], dim=-1)
+        name = _context_name(self.prefix)
+        indices = rows.state_indices.get(name)
+        if indices is None:
+            states, indices = blank_states(self), projected.new_zeros(rows.num_rows, dtype=torch.int64)
+        else:
+            states = cached_states(get_forward_context().no_compile_layers[name])
+        y, _ = mix_from(self, rows.by_row(of_mixer), states, indices)
         return self.out_proj(self.norm(y.to(hidden_states.dtype), gate))[0]
 
 
 class _DenoiserLayer(nn.Module):
-    """``x + gate * mixer(modulated norm of x)``; mixers that mix positions are modulated before the norm."""
+    """A mixer, and the norm before it; mixers that mix positions are modulated before the norm, others after it."""
 
     mixes_positions: bool
 
@@ -127,15 +126,9 @@ class _DenoiserLayer(nn.Module):
         self.mixer = mixer
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, rows: CanvasRows) -> Tensor:
-        """x (T, H) -> (T, H); shift, ``scale`` (1 + the learned one) and gate (R, 1, H) are those of the rows."""
-        if self.mixes_positions:
-            y = torch.addcmul(shift, rows.by_row(x), scale).view(x.shape)
-            y = self.mixer(self.norm(y), rows)
-        else:
-            y = torch.addcmul(shift, rows.by_row(self.norm(x)), scale).view(x.shape)
-            y = self.mixer(y)
-        return torch.addcmul(rows.by_row(x), gate, rows.by_row(y)).view(x.shape)
+    def forward(self, normed: Tensor, rows: CanvasRows) -> Tensor:
+        """(T, H), normed and modulated -> (T, H), what the layer adds to its residual once it is gated."""
+        return self.mixer(normed, rows) if self.mixes_positions else self.mixer(normed)
 
 
 class DenoiserMambaLayer(_DenoiserLayer):
@@ -207,8 +200,13 @@ class DenoiserTower(NemotronHModel):
         Args: input_ids (T,); shared (R, 3, H), the time conditioning of each row; tables, one (3, H) a layer.
         """
         x = self.embed_input_ids(input_ids)
-        modulation = shared.unsqueeze(2) + torch.stack(tuple(tables))[:, None, :, None]  # (layers, R, 3, 1, H)
+        modulation = shared + torch.stack(tuple(tables))[:, None]  # (layers, R, 3, H)
         modulation[:, :, 1] += 1
-        for layer, of_layer in zip(self.layers, modulation, strict=True):
-            x = layer(x, *of_layer.unbind(1), rows)
-        return self.norm_f(x)
+        mixed, gate = torch.zeros_like(x), shared.new_zeros(len(shared), shared.shape[2])
+        for layer, (shift, scale, next_gate) in zip(self.layers, (of.unbind(1) for of in modulation), strict=True):
+            norm = layer.norm
+            x, normed = gated_residual_norm(
+                x, mixed, gate, shift, scale, norm.weight, norm.variance_epsilon, not layer.mixes_positions
+            )
+            mixed, gate = layer(normed, rows), next_gate
+        return self.norm_f(torch.addcmul(rows.by_row(x), gate.unsqueeze(1), rows.by_row(mixed)).view(x.shape))

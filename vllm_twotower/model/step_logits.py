@@ -12,7 +12,7 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from vllm_twotower.sampling.prediction import MASKED_LOGIT
+from vllm_twotower.kernels import row_statistics
 
 from .context import Scanned
 
@@ -42,14 +42,13 @@ class OutputHead:
         Ranks exchange three numbers a row: the largest logit of their shard, its token and the shard's logsumexp. All
         get the same result, of equal logits the first token, as with one rank.
         """
-        logits = self._processor(self._weights, hidden, skip_gather=True).float()
         shard = self._weights.shard_indices
-        logits[:, shard.num_org_elements :] = -torch.inf  # padding
-        if never is not None and shard.org_vocab_start_index <= never < shard.org_vocab_end_index:
-            logits[:, never - shard.org_vocab_start_index] = MASKED_LOGIT
-        largest, token = logits.max(-1)
-        token = (token + shard.org_vocab_start_index).int()
-        ours = torch.stack((largest, logits.logsumexp(-1), token.view(torch.float32)), -1)
+        start = shard.org_vocab_start_index
+        logits = self._processor(self._weights, hidden, skip_gather=True)[:, : shard.num_org_elements]
+        is_here = never is not None and start <= never < shard.org_vocab_end_index
+        token, largest, logsumexp = row_statistics(logits, never - start if is_here else None)
+        token = (token + start).int()
+        ours = torch.stack((largest, logsumexp, token.view(torch.float32)), -1)
         ranks = tensor_model_parallel_all_gather(ours, dim=0).view(self._weights.tp_size, len(hidden), 3)
         largest, logsumexp, token = ranks[..., 0], ranks[..., 1], ranks[..., 2].contiguous().view(torch.int32)
         best = largest.amax(0)

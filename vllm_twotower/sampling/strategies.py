@@ -19,6 +19,9 @@ from importlib.metadata import entry_points
 import torch
 from torch import Tensor
 
+from vllm_twotower.kernels import most_confident
+from vllm_twotower.kernels.unmasking import at_least_to_finish, most
+
 from .row_options import RowOptions
 from .uniform import uniform
 
@@ -96,28 +99,11 @@ class Strategy:
     needs: frozenset[str] = frozenset()
 
 
-def most(score: Tensor, masked: Tensor, k: Tensor) -> Tensor:
-    """The k (R,) masked positions with the highest scores (R, S), as (R, S) bool; of equal ones the first."""
-    order = score.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True)
-    ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return (torch.empty_like(order).scatter_(1, order, ranks) < k[:, None]) & masked
-
-
-def at_least_to_finish(n: Tensor, step: Tensor, options: RowOptions) -> Tensor:
-    """``ceil(n / (max_steps - step))`` (R,): what a pass must commit of n masked positions to be done in time."""
-    return -(-n // (options.max_steps - step).clamp(min=1))
-
-
 def confidence_unmasking(denoised: DenoiserPass, options: RowOptions) -> Commit:
-    """Commits the k most confident of a row's n masked positions (TwoTower paper, arXiv 2606.26493).
-
-    ``k = min(n, max(#(confidence > threshold), 1, ceil(n / (max_steps - step))))``: the last pass commits all.
-    """
-    masked, step = denoised.masked, denoised.step
-    n = masked.sum(1)
-    confident = ((denoised.confidence > options.confidence_threshold[:, None]) & masked).sum(1)
-    k = torch.maximum(confident, at_least_to_finish(n, step, options)).clamp(min=1)
-    return Commit(most(denoised.confidence, masked, k), step)
+    """Commits the most confident masked positions, see :func:`~vllm_twotower.kernels.unmasking.most_confident`."""
+    threshold, step = options.confidence_threshold, denoised.step
+    positions = most_confident(denoised.confidence, denoised.masked, threshold, step, options.max_steps)
+    return Commit(positions, step)
 
 
 def _linear(t: Tensor) -> Tensor:
@@ -179,7 +165,7 @@ def predict_and_noise(denoised: DenoiserPass, options: RowOptions) -> Commit:
     after = 1 - alpha(grid_time(step + 1, options.max_steps), options)
     scheduled = n - torch.minimum((after * denoised.width).long(), n - 1).clamp(min=0)
     slow = step / options.max_steps < ADAPTIVE_START
-    adaptive = torch.where(slow, 1, at_least_to_finish(n, step, options))
+    adaptive = torch.where(slow, 1, at_least_to_finish(n, step, options.max_steps))
     k = torch.where(options.adaptive_unmasking, adaptive, scheduled)
     k = torch.where(step >= options.max_steps - 1, n, k)
 

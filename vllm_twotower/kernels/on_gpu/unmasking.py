@@ -1,13 +1,11 @@
-"""The default strategy of :mod:`vllm_twotower.sampling.strategies`: one program a canvas."""
+"""The kernel of :mod:`vllm_twotower.kernels.unmasking`: one program a canvas."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-
-from vllm_twotower.sampling.row_options import RowOptions
-from vllm_twotower.sampling.strategies import Commit, DenoiserPass
+from torch import Tensor
 
 
 @triton.jit
@@ -29,21 +27,20 @@ def _unmask(out, confidence, masked, step, threshold, max_steps, positions, row_
     tl.store(out + row * positions + position, is_masked & (rank < k), mask=is_inside)
 
 
-def confidence_unmasking(denoised: DenoiserPass, options: RowOptions) -> Commit:
-    """Commits the k most confident masked positions of each row, k as in the strategy."""
-    masked = denoised.masked
+def most_confident(confidence: Tensor, masked: Tensor, threshold: Tensor, step: Tensor, max_steps: Tensor) -> Tensor:
+    """The most confident masked positions of each row; the last dimension of ``masked`` is contiguous."""
     rows, positions = masked.shape
     out = torch.empty((rows, positions), dtype=torch.bool, device=masked.device)
     _unmask[(rows,)](
         out,
-        denoised.confidence.contiguous(),
+        confidence.contiguous(),
         masked,
-        denoised.step,
-        options.confidence_threshold,
-        options.max_steps,
+        step,
+        threshold,
+        max_steps,
         positions,
         masked.stride(0),
         POSITIONS=triton.next_power_of_2(positions),
         num_warps=1,
     )
-    return Commit(out, denoised.step)
+    return out

@@ -1,4 +1,4 @@
-"""The kernel of :mod:`vllm_twotower.kernels.row_statistics`: tiles of rows, then the tiles of each row together."""
+"""The kernel of :mod:`vllm_twotower.kernels.vocabulary`: tiles of rows, then the tiles of each row together."""
 
 from __future__ import annotations
 
