@@ -191,7 +191,7 @@ def draw_requests(rng: random.Random) -> list[list[tuple[list[int], SamplingPara
 
     batches = []
     for size in (7, 4, 2, 1):
-        batches.append([draw_one(24, diffusion_max_steps=1) for _ in range(size)])
+        batches.append([draw_one(40, diffusion_max_steps=1) for _ in range(size)])
         batches.append([draw_one(6, diffusion_mode="ar") for _ in range(size)])
         batches.append([draw_one(6, diffusion_mode="verified") for _ in range(size)])
     mixed = [draw_one(rng.randint(1, 40), diffusion_mode="ar") for _ in range(4)]
