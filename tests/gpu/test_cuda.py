@@ -70,3 +70,12 @@ def test_every_option_equals_the_oracle() -> None:
             assert list(output.outputs[0].token_ids) == want.token_ids
             assert output.outputs[0].finish_reason == want.finish_reason
         assert_idle(llm)
+
+
+@pytest.mark.parametrize("kernel", ["conv", "scan", "norm", "statistics", "unmask"])
+def test_kernels_equal_torch(kernel: str) -> None:
+    """The cases that run in Triton's interpreter elsewhere."""
+    from kernel_cases import CASES, calls, error
+
+    for (_, arguments), (of_kernel, of_torch) in zip(CASES[kernel], calls(kernel, "cuda"), strict=True):
+        assert error(of_kernel(), of_torch()) < (2e-2 if "dtype" in arguments else 1e-4), arguments
