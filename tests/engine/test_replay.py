@@ -203,7 +203,7 @@ def draw_requests(rng: random.Random) -> list[list[tuple[list[int], SamplingPara
     return [*batches, mixed]
 
 
-@pytest.mark.parametrize("checkpoint", ["A", "C"])
+@pytest.mark.parametrize("checkpoint", ["A", pytest.param("C", marks=pytest.mark.slow)])
 def test_passes_are_replayed(checkpoint: str) -> None:
     """Every kind of pass for every number of rows; and the engine's tokens are those of its own attention."""
     batches = [tuple(zip(*requests, strict=True)) for requests in draw_requests(random.Random(7))]

@@ -69,8 +69,8 @@ def test_every_option_equals_the_oracle(llm: LLM, together: list[RequestOutput])
 
 
 def test_alone_as_in_a_batch(llm: LLM, together: list[RequestOutput]) -> None:
-    alone = [output for request in requests() for output in run(llm, [request])]
-    assert_same(alone, together)
+    alone = [output for request in requests()[::2] for output in run(llm, [request])]
+    assert_same(alone, together[::2])
 
 
 def test_shuffled_as_in_order(llm: LLM, together: list[RequestOutput]) -> None:
