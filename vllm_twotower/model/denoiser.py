@@ -21,7 +21,6 @@ from vllm.model_executor.models.nemotron_h import NemotronHAttention, NemotronHM
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
 
-from vllm_twotower.kernels import gated_residual_norm
 from vllm_twotower.options import ATTENTION_BACKENDS, ATTENTION_REASON
 
 from .context import blank_states, cached_states, mamba_mixer, mix_from, moe_mixer
@@ -117,7 +116,7 @@ class DenoiserMambaMixer(MambaMixer2):
 
 
 class _DenoiserLayer(nn.Module):
-    """A mixer, and the norm before it; mixers that mix positions are modulated before the norm, others after it."""
+    """``x + gate * mixer(modulated norm of x)``; mixers that mix positions are modulated before the norm."""
 
     mixes_positions: bool
 
@@ -126,9 +125,15 @@ class _DenoiserLayer(nn.Module):
         self.mixer = mixer
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
-    def forward(self, normed: Tensor, rows: CanvasRows) -> Tensor:
-        """(T, H), normed and modulated -> (T, H), what the layer adds to its residual once it is gated."""
-        return self.mixer(normed, rows) if self.mixes_positions else self.mixer(normed)
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, rows: CanvasRows) -> Tensor:
+        """x (T, H) -> (T, H); shift, ``scale`` (1 + the learned one) and gate (R, 1, H) are those of the rows."""
+        if self.mixes_positions:
+            y = torch.addcmul(shift, rows.by_row(x), scale).view(x.shape)
+            y = self.mixer(self.norm(y), rows)
+        else:
+            y = torch.addcmul(shift, rows.by_row(self.norm(x)), scale).view(x.shape)
+            y = self.mixer(y)
+        return torch.addcmul(rows.by_row(x), gate, rows.by_row(y)).view(x.shape)
 
 
 class DenoiserMambaLayer(_DenoiserLayer):
@@ -200,13 +205,8 @@ class DenoiserTower(NemotronHModel):
         Args: input_ids (T,); shared (R, 3, H), the time conditioning of each row; tables, one (3, H) a layer.
         """
         x = self.embed_input_ids(input_ids)
-        modulation = shared + torch.stack(tuple(tables))[:, None]  # (layers, R, 3, H)
+        modulation = shared.unsqueeze(2) + torch.stack(tuple(tables))[:, None, :, None]  # (layers, R, 3, 1, H)
         modulation[:, :, 1] += 1
-        mixed, gate = torch.zeros_like(x), shared.new_zeros(len(shared), shared.shape[2])
-        for layer, (shift, scale, next_gate) in zip(self.layers, (of.unbind(1) for of in modulation), strict=True):
-            norm = layer.norm
-            x, normed = gated_residual_norm(
-                x, mixed, gate, shift, scale, norm.weight, norm.variance_epsilon, not layer.mixes_positions
-            )
-            mixed, gate = layer(normed, rows), next_gate
-        return self.norm_f(torch.addcmul(rows.by_row(x), gate.unsqueeze(1), rows.by_row(mixed)).view(x.shape))
+        for layer, of_layer in zip(self.layers, modulation, strict=True):
+            x = layer(x, *of_layer.unbind(1), rows)
+        return self.norm_f(x)
