@@ -191,6 +191,36 @@ OVERRIDES = (
         ),
     ),
     Override(
+        name="gated-norm",
+        members=(f"{MIXER}.norm",),
+        where="vllm_twotower.model.context:mamba_mixer",
+        why="On GPUs vLLM's falls back to separate operations for several groups, which its own kernel knows.",
+        sources=(
+            "vllm.model_executor.layers.mamba.mamba_mixer2:Mixer2RMSNormGated",
+            "vllm.model_executor.layers.mamba.ops.layernorm_gated:rms_norm_gated",
+        ),
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "1f9f71f46cb2ba5a68e98e82c42dc20a67f1a93c73235d1de929f8b75832466b"
+        ),
+    ),
+    Override(
+        name="graph-manager",
+        members=(
+            f"{RUNNER}.cudagraph_utils:CudaGraphManager._init_candidates",
+            f"{RUNNER}.cudagraph_utils:CudaGraphManager._capture_descs",
+        ),
+        where="vllm_twotower.engine.pass_graphs:PassGraphs",
+        why="Passes are captured in the place of whole forward passes, by vLLM's own code.",
+        sources=(
+            f"{RUNNER}.cudagraph_utils:CudaGraphManager",
+            f"{RUNNER}.cudagraph_utils:ModelCudaGraphManager",
+        ),
+        source_sha256={
+            "0.32.0": "873279e435bad4cb3896451e05d87b05c19105233e7c04a2c7cafe9e761cf3e7",
+            "0.33.0": "36f5561552005dff5e1e54ffb75b6476ad9d08764314eafe2b31ade7a10a19b5",
+        },
+    ),
+    Override(
         name="denoiser-layers",
         members=(
             "vllm.config.compilation:CompilationConfig.static_forward_context",
@@ -214,7 +244,7 @@ OVERRIDES = (
     Override(
         name="forward-context",
         members=("vllm.forward_context:ForwardContext.slot_mapping", "vllm.forward_context:ForwardContext.is_padding"),
-        where="vllm_twotower.model.two_tower:NemotronHTwoTowerForCausalLM.forward",
+        where="vllm_twotower.engine.pass_plan:AttentionInputs.use",
         why="The towers' rows are not those of vLLM's batch.",
         sources=("vllm.forward_context:ForwardContext", "vllm.forward_context:set_forward_context"),
         source_sha256={

@@ -420,6 +420,31 @@ WORKER_PATCHES = (
         ),
     ),
     Patch(
+        name="pass-graphs",
+        target="vllm.v1.worker.gpu.model_runner:ModelCudaGraphManager",
+        function="pass_graphs:for_two_tower",
+        wraps=True,
+        what="GPUModelRunner makes vllm_twotower.engine.pass_graphs.PassGraphs if the model is TwoTower.",
+        why=(
+            "vLLM captures a whole forward pass for a batch of one width, and replays it in the place of the model;"
+            " a TwoTower step makes several passes, each of other rows and widths."
+        ),
+        upstream="not reported",
+        remove_when="a model state can bring the runner's graph manager, or only inner graphs",
+        applies_when=everywhere,
+        sources=(
+            "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor",
+            "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager",
+            "vllm.v1.worker.gpu.cudagraph_utils:profile_cudagraph_memory",
+            "vllm.v1.worker.gpu.cudagraph_utils:_teardown_profiling_state",
+            "vllm.v1.worker.gpu.model_runner:GPUModelRunner.capture_model",
+        ),
+        source_sha256={
+            "0.32.0": "736fc08eb1b08927394a937c3afe5c21a1cbbc1491384307a11f9132204f448d",
+            "0.33.0": "5afa75251d2a8592f254402ec76990cef284d14a8d83a63810855cb127a7b094",
+        },
+    ),
+    Patch(
         name="grammar-bitmask",
         target="vllm.v1.worker.gpu.structured_outputs:StructuredOutputsWorker.apply_grammar_bitmask",
         function="grammar_bitmask:keeping_bitmask",

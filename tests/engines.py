@@ -21,7 +21,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm import LLM, RequestOutput, SamplingParams  # noqa: E402
 
-from vllm_twotower.engine import fill  # noqa: E402
+from vllm_twotower.engine import fill, pass_decision  # noqa: E402
 from vllm_twotower.engine.decision import Decision  # noqa: E402
 
 DEFAULTS: dict[str, Any] = {
@@ -132,7 +132,7 @@ class Trace:
 def traced(llm: LLM) -> Iterator[Trace]:
     """Records every denoising step while the block runs."""
     trace, req_states = Trace(), runner(llm).req_states
-    from_logits, fill_canvases, run = Decision._from_logits, fill.fill_canvases, fill.StepFill.run
+    from_logits, fill_canvases, run = Decision._from_logits, pass_decision.fill_canvases, fill.StepFill.run
     raw = torch.empty(0)
 
     def keep(self, targets, logits, needs):
@@ -155,6 +155,6 @@ def traced(llm: LLM) -> Iterator[Trace]:
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(Decision, "_from_logits", keep)
-        monkeypatch.setattr(fill, "fill_canvases", record)
+        monkeypatch.setattr(pass_decision, "fill_canvases", record)
         monkeypatch.setattr(fill.StepFill, "run", count)
         yield trace

@@ -1,10 +1,10 @@
-"""Which attention backend vLLM's own selection gives the towers on GPUs that are not there; run as a script.
+"""What vLLM's own configuration makes of GPUs that are not there; run as a script.
 
 python tests/fake_cuda.py CHECKPOINT
 
-Prints a JSON list: compute capability, dtype, the backend of both towers (or the error), how Triton multiplies fp32,
-and whether Ray's workers are told. What vLLM's CUDA build and FlashInfer would import is replaced by mocks; the
-selection is real.
+Prints a JSON list of two. For every compute capability and dtype: the attention backend of both towers (or the error),
+how Triton multiplies fp32, and whether Ray's workers are told. And for every one of ``GRAPH_OPTIONS`` the mode of CUDA
+graphs and their sizes, or the error. What vLLM's CUDA build and FlashInfer would import is replaced by mocks.
 """
 
 from __future__ import annotations
@@ -62,9 +62,18 @@ class Gpu(CudaPlatformBase):
 
 vllm.platforms._current_platform = Gpu()
 
+import vllm._custom_ops  # noqa: E402
+
+for question in (
+    "cutlass_scaled_mm_supports_block_fp8",
+    "cutlass_scaled_mm_supports_fp8",
+    "cutlass_group_gemm_supported",
+):
+    setattr(vllm._custom_ops, question, lambda *args: False)  # vLLM's CUDA build would know
+
 import vllm.config.vllm  # noqa: E402
 from vllm import EngineArgs  # noqa: E402
-from vllm.config import set_current_vllm_config  # noqa: E402
+from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.platforms.cuda import _get_backend_priorities  # noqa: E402
 from vllm.ray.ray_env import get_env_vars_to_copy  # noqa: E402
 from vllm.v1.attention.selector import _cached_get_attn_backend, get_attn_backend  # noqa: E402
@@ -72,10 +81,38 @@ from vllm.v1.attention.selector import _cached_get_attn_backend, get_attn_backen
 vllm.config.vllm.HAS_TRITON = True
 
 
+GRAPH_OPTIONS = (
+    {},
+    {"max_num_seqs": 100},
+    {"enforce_eager": True},
+    {"compilation_config": {"cudagraph_mode": "NONE"}},
+    {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
+    {"compilation_config": {"cudagraph_mode": "PIECEWISE"}},
+    {"cudagraph_capture_sizes": [64, 16, 1600]},
+    {"cudagraph_capture_sizes": [16, 24]},
+    {"max_cudagraph_capture_size": 50},
+    {"max_cudagraph_capture_size": 8},
+)
+
+
+def configured(checkpoint: str, dtype: str = "bfloat16", **options: Any) -> VllmConfig:
+    overrides = {"head_dim": 128}  # as in the released model; FlashInfer refuses the tiny ones
+    options = {"max_num_seqs": 4, **options}
+    return EngineArgs(model=checkpoint, dtype=dtype, hf_overrides=overrides, **options).create_engine_config()
+
+
+def graphs(checkpoint: str, options: dict[str, Any]) -> list:
+    """Their mode and sizes, or the error."""
+    try:
+        compilation = configured(checkpoint, **options).compilation_config
+    except ValueError as error:
+        return [str(error)]
+    return [compilation.cudagraph_mode.name, compilation.cudagraph_capture_sizes]
+
+
 def selected(checkpoint: str, dtype: str) -> str:
     """The backend of the context tower's attention, from which the denoiser's is made."""
-    overrides = {"head_dim": 128}  # as in the released model; FlashInfer refuses the tiny ones
-    config = EngineArgs(model=checkpoint, dtype=dtype, hf_overrides=overrides, max_num_seqs=4).create_engine_config()
+    config = configured(checkpoint, dtype)
     model = config.model_config
     with set_current_vllm_config(config):
         return get_attn_backend(model.get_head_size(), model.dtype, config.cache_config.cache_dtype).get_name()
@@ -95,4 +132,4 @@ for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
             backend = f"{type(error).__name__}: {error}"
         precision = os.environ.get("TRITON_F32_DEFAULT")
         found.append([*capability, dtype, backend, precision, "TRITON_F32_DEFAULT" in get_env_vars_to_copy()])
-print(json.dumps(found))
+print(json.dumps([found, [graphs(sys.argv[1], options) for options in GRAPH_OPTIONS]]))

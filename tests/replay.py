@@ -8,7 +8,8 @@ neither known beforehand nor made by the pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,26 +47,37 @@ def _storage(tensor: Tensor) -> int:
 
 
 class Recording:
-    """The calls of ``run``, which is called once, and its ``result``; ``known`` are tensors that outlive the pass."""
+    """The calls that are made while it :meth:`records`; ``known`` are tensors that outlive them."""
 
-    def __init__(self, run: Callable[[], Any], known: Iterable[Tensor]):
+    def __init__(self, known: Iterable[Tensor]):
+        self._known = list(known)
         self._calls: list[tuple[Callable, tuple, dict, list[Tensor]]] = []
         self._kept: list[Any] = []
-        with _RefusesTheHost(), _Calls(self, known):
-            self.result = run()
+
+    @contextmanager
+    def records(self) -> Iterator[None]:
+        with _RefusesTheHost(), _Calls(self, self._known):
+            yield
 
     @property
-    def num_calls(self) -> int:
-        return len(self._calls)
+    def calls(self) -> list[str]:
+        """The names of the calls."""
+        return [function._schema.name for function, *_ in self._calls]
 
-    def replay(self) -> Any:
-        """Makes the calls again; returns ``result``, whose tensors hold what has come of it."""
+    def replay(self) -> None:
+        """Makes the calls again; the tensors that they made hold what has come of it."""
         for function, args, options, outputs in self._calls:
             made = tensors_in(function(*args, **options))
             for output, new in zip(outputs, made, strict=True):
                 if output is not new:
                     output.copy_(new)
-        return self.result
+
+    def spoil(self) -> None:
+        """Overwrites all memory that the calls made, as another graph in the same memory pool may do."""
+        known = set(map(_storage, self._known))
+        for tensor in self._kept:
+            if _storage(tensor) not in known:
+                tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
 
 
 class _RefusesTheHost(TorchFunctionMode):

@@ -30,6 +30,8 @@ logger = init_logger(__name__)
 
 _TRITON_FP32, _RAY_COPIES = "TRITON_F32_DEFAULT", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 SCHEDULER_CLS = "vllm_twotower.engine.scheduler.TwoTowerScheduler"
+CAPTURED_ROWS = (*range(1, 9), 12, *range(16, 65, 8))
+"""For so many rows passes are captured as CUDA graphs; fewer are filled up."""
 Limit = tuple[str, Any, Any, str]
 """An option that cannot always be honoured: its name, its value, whether it is refused (its truth), and why."""
 
@@ -89,9 +91,8 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
         vllm_config.attention_config.use_non_causal = True
         if current_platform.is_cuda() and vllm_config.model_config.dtype == torch.float32:
             _multiply_in_fp32()
-        # The two towers run on different rows of a step, so a whole-step graph or compiled forward does not apply.
         vllm_config.compilation_config.mode = CompilationMode.NONE
-        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        _fit_graphs(vllm_config)
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -186,19 +187,54 @@ def _step_limits(vllm_config: VllmConfig) -> Iterator[Limit]:
     yield "async_scheduling", True, scheduler.async_scheduling, reason
     reason = "beside blocks, prompts are read in chunks"
     yield "enable_chunked_prefill", False, not scheduler.enable_chunked_prefill, reason
-    reason = "both towers run eagerly; leave it out"
     mode, graphs = compilation.mode or CompilationMode.NONE, compilation.cudagraph_mode or CUDAGraphMode.NONE
+    reason = "the two towers run on different rows of a step; leave it out"
     yield "compilation_config.mode", mode.name, mode != CompilationMode.NONE, reason
-    yield "compilation_config.cudagraph_mode", graphs.name, graphs != CUDAGraphMode.NONE, reason
+    if current_platform.is_cpu():
+        reason, allowed = "CPUs have no CUDA graphs; leave it out", (CUDAGraphMode.NONE,)
+    else:
+        reason = "passes are captured one by one: FULL_DECODE_ONLY, the default, or NONE"
+        allowed = (CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY)
+    yield "compilation_config.cudagraph_mode", graphs.name, graphs not in allowed, reason
     for name in ("cudagraph_capture_sizes", "max_cudagraph_capture_size"):
         value = getattr(compilation, name)
-        yield name, value, value, reason
+        yield name, value, value and current_platform.is_cpu(), reason
 
     reason = "vLLM's formulas know no denoiser; /metrics counts its passes"
     yield "enable_mfu_metrics", True, vllm_config.observability_config.enable_mfu_metrics, reason
     yield "VLLM_USE_V2_MODEL_RUNNER", 0, envs.VLLM_USE_V2_MODEL_RUNNER is False, "unset it"
     reason = "vLLM's count of NaN logits carries the denoiser's passes to the scheduler"
     yield "VLLM_RAISE_ON_LOGIT_NANS", True, envs.VLLM_RAISE_ON_LOGIT_NANS, reason
+
+
+def _fit_graphs(vllm_config: VllmConfig) -> None:
+    """Chooses for how many rows passes are captured, on GPUs; vLLM's sizes are the tokens of so many canvases.
+
+    Raises ValueError for capture sizes that are no whole canvases.
+    """
+    compilation, canvas = vllm_config.compilation_config, vllm_config.diffusion_config.canvas_length
+    if not current_platform.support_static_graph_mode() or compilation.cudagraph_mode == CUDAGraphMode.NONE:
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
+        return
+    compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+    most_rows, sizes = vllm_config.scheduler_config.max_num_seqs, compilation.cudagraph_capture_sizes
+    if sizes:
+        if wrong := [size for size in sizes if size <= 0 or size % canvas]:
+            raise ValueError(
+                f"cudagraph_capture_sizes={sizes} is not supported for TwoTower models: passes over whole canvases are "
+                f"captured, and {wrong} are no multiples of canvas_length={canvas}"
+            )
+        rows = {size // canvas for size in sizes}
+    else:
+        largest = compilation.max_cudagraph_capture_size or canvas * CAPTURED_ROWS[-1]
+        if largest < canvas:
+            raise ValueError(
+                f"max_cudagraph_capture_size={largest} is not supported for TwoTower models: passes over whole canvases"
+                f" are captured, so it must be canvas_length={canvas} at least; enforce_eager=True captures none"
+            )
+        rows = {*CAPTURED_ROWS, most_rows} & set(range(largest // canvas + 1))
+    compilation.cudagraph_capture_sizes = sorted({canvas * min(count, most_rows) for count in rows})
+    compilation.max_cudagraph_capture_size = compilation.cudagraph_capture_sizes[-1]
 
 
 def _multiply_in_fp32() -> None:

@@ -131,9 +131,9 @@ def counted(llm: LLM) -> Iterator[Counted]:
     planner, before = runner(llm).model_state.planner, figures(llm)
     plan_pass, result = planner.plan, Counted({}, Counter())
 
-    def record(step: Any) -> Any:
+    def record(step: Any, choice: Any) -> Any:
         is_first = step.plan is None
-        plan = plan_pass(step)
+        plan = plan_pass(step, choice)
         if plan.context is not None:
             metadata = next(iter(plan.context.attention.metadata.values()))
             result.ran["context passes"] += len(metadata.seq_lens)

@@ -1,181 +1,73 @@
-"""Passes can be captured: each is recorded once for a number of rows, and replayed in the place of all that follow.
+"""CUDA graphs, without CUDA: vLLM captures every kind of pass, and a real engine makes its passes by replay.
 
-A real engine serves random requests. Before each of its passes the same pass is made on buffers of a fixed number of
-rows, by replay and as it is, from the same memory: both must give the same bits, and what the engine's own pass gives.
+Before each replay the same pass is made eagerly on the same buffers, from the same memory: both must give the same
+bits. The engine's tokens must be those of an engine without graphs.
 """
 
 from __future__ import annotations
 
-import gc
 import random
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from engines import generate, runner, running_engine, tokens_of
+from engines import generate, running_engine, tokens_of
 from golden_data import GOLDEN
 from random_requests import draw_prompt
-from replay import Recording, tensors_in
+from replay import tensors_in
+from stand_in_graphs import StandInCuda, StandInGraph, stand_in_cuda
 from torch import Tensor
 from torch_layers import torch_attention, torch_layers
 from vllm import LLM, SamplingParams
-from vllm._custom_ops import CPUDNNLGEMMHandler
-from vllm.forward_context import set_forward_context
+from vllm.v1.worker.gpu import cudagraph_utils
 
-from vllm_twotower.engine.fill import fill_canvases
-from vllm_twotower.engine.model_state import TwoTowerModelState
-from vllm_twotower.engine.pass_buffers import PassBuffers
-from vllm_twotower.engine.pass_plan import PassPlan
-from vllm_twotower.engine.tower_rows import DeviceRows, TowerRows
-from vllm_twotower.kernels import seeded_mamba
-from vllm_twotower.model import time_conditioning
+from vllm_twotower.engine.metrics import EAGER
+from vllm_twotower.engine.pass_graphs import PassDescriptor, PassGraphs, PassKind
 
-BUCKETS = (1, 2, 4, 8)
+ROW_COUNTS = (1, 2, 4, 8)
 WIDTH = 16
-NO_ROWS = TowerRows(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One of the passes that are captured."""
+class Comparison:
+    """Compares each replay of an engine with the same pass made eagerly."""
 
-    name: str
-    width: int
-    run: int = 0
-    """Which of the runs of a pass it is."""
-
-
-READ, NEXT = Kind("16 tokens", WIDTH), Kind("1 token", 1)
-DRAFT, CANVAS = Kind("draft", WIDTH, run=1), Kind("canvas", WIDTH, run=2)
-
-
-class Replayer:
-    """Makes the passes of a running engine by replay too."""
-
-    def __init__(self, llm: LLM):
-        worker, cpu = runner(llm), torch.device("cpu")
-        self.state: TwoTowerModelState = worker.model_state
-        self.table, self.decision = self.state.table, worker.sampler._decision
-        self.layers = self.state.vllm_config.compilation_config.static_forward_context
-        self.buffers = PassBuffers(8, cpu)
-        self.plan_towers = self.state.planner.plan_towers
-        model = self.state.model
-        self.caches = [cache for layer in self.layers.values() for cache in tensors_in(layer.kv_cache)]
-        self.known = [
-            *self.caches,
-            *model.parameters(),
-            *(tensor for module in model.modules() for tensor in tensors_in(list(vars(module).values()))),
-            *model.buffers(),
-            *vars(self.table.options).values(),
-            self.table.canvas,
-            self.table.step,
-            self.buffers._host,
-            worker.req_states.all_token_ids.gpu,
-            *worker.block_tables.input_block_tables,
-            # Constants that are made once in a process.
-            *(linear.handler_tensor for linear in gc.get_objects() if type(linear) is CPUDNNLGEMMHandler),
-            seeded_mamba._no_later(WIDTH, cpu),
-            time_conditioning._cached_frequencies(cpu),
-        ]
-        self.recordings: dict[tuple[str, int], Recording] = {}
-        self.replays: Counter[tuple[str, int]] = Counter()
+    def __init__(self, cuda: StandInCuda, graphs: PassGraphs):
+        self._state, self._layers, self._replay = cuda.state, cuda.layers, graphs.replay
+        table = cuda.state.table
+        caches = [cache for layer in cuda.layers.values() for cache in tensors_in(layer.kv_cache)]
+        self._memory = [*caches, table.canvas[:-1], table.step[:-1], cuda.runner.req_states.all_token_ids.gpu]
+        self._graphs, self._passes = graphs, cuda.state.capturable_passes(cuda.runner.attn_groups)
+        self.replays: Counter[tuple[PassKind, int]] = Counter()
         self.seen: Counter[str] = Counter()
 
-    def plan(
-        self, step: Any, context: DeviceRows, drafts: DeviceRows, denoiser: DeviceRows, gets_token: np.ndarray
-    ) -> PassPlan:
-        """In the place of the model state's: first makes its pass by replay."""
-        of_kind = {
-            CANVAS: denoiser.host,
-            DRAFT: drafts.host,
-            READ: context.host.take(np.flatnonzero((context.host.lengths == WIDTH) & ~gets_token)),
-            NEXT: context.host.take(np.flatnonzero((context.host.lengths == 1) & gets_token)),
-        }
-        for kind, rows in of_kind.items():
-            slots = step.rows.slots[rows.batch_rows]
-            is_plain = ~self.table.needs_logits(slots) & (self.table.strategy[slots] == 0)
-            if len(rows) and is_plain.all():
-                self._note(kind, rows)
-                self._compare(replace(step, plan=None), kind, rows)
-        return self.plan_towers(step, context, drafts, denoiser, gets_token)
+    def replay(self, desc: PassDescriptor) -> None:
+        rows = self._state.planner.buffered_rows(desc)
+        before = self._copies()
+        with torch_layers(self._layers, self._state.planner.state_block_size):
+            decided = self._passes.run(desc)
+        eager = self._copies()
+        for memory, value in zip(self._memory, before, strict=True):
+            memory.copy_(value)
+        self._replay(desc)
+        assert all(map(torch.equal, self._memory, eager)), desc
+        if decided is not None:
+            is_row = rows.lengths > 0
+            assert torch.equal(self._graphs.outcome(desc)[is_row], decided[is_row]), desc
+        self._note(desc, rows)
 
-    def _note(self, kind: Kind, rows: TowerRows) -> None:
-        page = self.state.planner.state_block_size
-        self.seen["rows that fill up"] += len(rows) not in BUCKETS
-        if kind.run > 0:
-            self.seen[f"short {kind.name}"] += bool((rows.lengths < WIDTH).any())
-        self.seen["fresh prompt"] += kind.run == 0 and bool((rows.starts == 0).any())
-        self.seen["page border"] += bool((rows.starts // page != (rows.ends - 1) // page).any())
-        self.seen["first token of a page"] += bool((rows.starts % page == 0).any())
+    def _copies(self) -> list[Tensor]:
+        return [memory.clone() for memory in self._memory]
 
-    def _compare(self, step: Any, kind: Kind, rows: TowerRows) -> None:
-        bucket = next(bucket for bucket in BUCKETS if bucket >= len(rows))
-        key, before = (kind.name, bucket), [cache.clone() for cache in self.caches]
-
-        def made_by(make: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], list[Tensor]]:
-            """The rows' results, and the caches then, which are put back."""
-            results = {name: value.clone()[: len(rows)] for name, value in make().items()}
-            after = [cache.clone() for cache in self.caches]
-            for cache, value in zip(self.caches, before, strict=True):
-                cache.copy_(value)
-            return results, after
-
-        with torch_layers(self.layers, self.state.planner.state_block_size):
-            exact, eager = (
-                made_by(partial(self._pass, step, *self._send(step, kind, rows, shape)))
-                for shape in (None, (bucket, kind.width))
-            )
-            sent = self._send(step, kind, rows, (bucket, kind.width))
-            if key not in self.recordings:
-                made_by(lambda: self._record(key, lambda: self._pass(step, *sent)))
-            replayed = made_by(self.recordings[key].replay)
-        self.replays[key] += 1
-        for name, value in eager[0].items():
-            assert torch.equal(replayed[0][name], value), (key, name)
-            of_rows = exact[0][name]  # as wide as the longest canvas
-            value = value[tuple(map(slice, of_rows.shape))]
-            torch.testing.assert_close(value, of_rows, rtol=1e-4, atol=1e-4, msg=f"{key} {name}")
-        for with_replay, as_it_is, without_padding in zip(replayed[1], eager[1], exact[1], strict=True):
-            assert torch.equal(with_replay, as_it_is), key
-            torch.testing.assert_close(as_it_is, without_padding, rtol=1e-4, atol=1e-4)
-
-    def _record(self, key: tuple[str, int], run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        self.recordings[key] = Recording(run, self.known)
-        return self.recordings[key].result
-
-    def _send(self, step: Any, kind: Kind, rows: TowerRows, bucket: tuple[int, int] | None) -> list[DeviceRows]:
-        runs, buckets = [NO_ROWS] * 3, [None] * 3
-        runs[kind.run], buckets[kind.run] = rows, bucket
-        return self.buffers.send(step.rows.slots, *runs, buckets)
-
-    def _pass(self, step: Any, *runs: DeviceRows) -> dict[str, Tensor]:
-        """A pass from what was sent to what it decides, by row (R, ...)."""
-        [rows] = [run for run in runs if len(run)]
-        gets_token = np.full(len(runs[0].host), rows.width == 1)
-        plan, state = self.plan_towers(step, *runs, gets_token), self.state
-        with set_forward_context({}, state.vllm_config, num_tokens=plan.num_tokens):
-            logits = state.model.run(plan)
-        if plan.canvases is not None:
-            [(part, predicted)] = self.decision.predict(
-                plan.canvases, logits.denoiser, logits.denoiser_head, logits.tile, frozenset({"confidence"})
-            )
-            filled = fill_canvases(part, predicted, self.table.rules)
-            return {"hidden": logits.denoiser.view(len(rows), rows.width, -1), **vars(filled)}
-        if plan.drafted is not None:
-            [(part, predicted)] = self.decision.predict(plan.drafted, logits.drafts, logits.context_head, logits.tile)
-            tokens = predicted.tokens.view(len(rows), -1)
-            counts = part.num_new(tokens)
-            state.planner.advance_states(plan, counts)
-            return {"hidden": logits.drafts.view(len(rows), rows.width, -1), "tokens": tokens, "counts": counts}
-        if plan.next_tokens is None:
-            return {}
-        [(_, predicted)] = self.decision.predict(plan.next_tokens, logits.context, logits.context_head, logits.tile)
-        return {"hidden": logits.context, "tokens": predicted.tokens, "is_finite": predicted.is_finite}
+    def _note(self, desc: PassDescriptor, rows: Any) -> None:
+        page, lengths = self._state.planner.state_block_size, rows.lengths[rows.lengths > 0]
+        starts = rows.starts[rows.lengths > 0]
+        self.replays[desc.kind, desc.num_reqs] += 1
+        self.seen["rows that fill up"] += len(lengths) < desc.num_reqs
+        if desc.width > 1:
+            self.seen[f"short rows of {desc.kind.name}"] += bool((lengths < desc.width).any())
+        self.seen["page border"] += bool((starts // page != (starts + lengths - 1) // page).any())
+        self.seen["first token of a page"] += bool((starts % page == 0).any())
 
 
 def draw_requests(rng: random.Random) -> list[list[tuple[list[int], SamplingParams]]]:
@@ -205,17 +97,68 @@ def draw_requests(rng: random.Random) -> list[list[tuple[list[int], SamplingPara
 
 @pytest.mark.parametrize("checkpoint", ["A", pytest.param("C", marks=pytest.mark.slow)])
 def test_passes_are_replayed(checkpoint: str) -> None:
-    """Every kind of pass for every number of rows; and the engine's tokens are those of its own attention."""
+    """Every kind of pass for every number of rows; and the engine's tokens are those of one without graphs."""
     batches = [tuple(zip(*requests, strict=True)) for requests in draw_requests(random.Random(7))]
     options = {"enable_prefix_caching": True, "max_model_len": 256, "block_size": 64, "kv_cache_memory_bytes": 8 << 20}
     model = GOLDEN / f"ckpt_{checkpoint}"
     with running_engine(model, **options) as llm:
         expected = [tokens_of(generate(llm, *batch)) for batch in batches]
-    with torch_attention(), running_engine(model, **options) as llm, pytest.MonkeyPatch.context() as patch:
-        replayer = Replayer(llm)
-        patch.setattr(replayer.state.planner, "plan_towers", replayer.plan)
+    with torch_attention(), running_engine(model, **options) as llm, stand_in_cuda(llm, ROW_COUNTS) as cuda:
+        graphs = cuda.capture()
+        assert cuda.entered == 1  # where ranks can be captured that communicate
+        comparison = Comparison(cuda, graphs)
+        graphs.replay = comparison.replay
         replayed = [tokens_of(generate(llm, *batch)) for batch in batches]
     assert replayed == expected
-    assert set(replayer.replays) == {(kind.name, rows) for kind in (CANVAS, DRAFT, READ, NEXT) for rows in BUCKETS}
-    assert min(replayer.replays.values()) > 1, replayer.replays
-    assert all(replayer.seen.values()), replayer.seen
+    assert set(comparison.replays) == {(kind, rows) for kind in PassKind for rows in ROW_COUNTS}
+    assert min(comparison.replays.values()) > 1, comparison.replays
+    assert all(comparison.seen.values()), comparison.seen
+
+
+def test_graphs_are_profiled_and_forgotten() -> None:
+    """vLLM captures two before it knows the size of the KV cache, on a small one, and reckons what all will take."""
+    prompts = [list(range(4, 30)), list(range(50, 120))]
+    params = [SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)] * 2
+    with torch_attention(), running_engine(GOLDEN / "ckpt_A") as llm, stand_in_cuda(llm, ROW_COUNTS) as cuda:
+        expected = tokens_of(generate(llm, prompts, params))
+        config = cuda.runner.kv_cache_config
+        with torch_layers(cuda.layers, cuda.state.planner.state_block_size):
+            estimate = cudagraph_utils.profile_cudagraph_memory(cuda.runner)
+        assert estimate == len(PassKind) * len(ROW_COUNTS) * StandInGraph.NUM_BYTES
+        assert len(StandInGraph.alive) == 2
+        assert cuda.runner.cudagraph_manager is None
+        assert cuda.state._graphs() is None
+        cuda.runner.initialize_kv_cache(config)
+        graphs = cuda.capture()
+        assert len(graphs.graphs) == len(PassKind) * len(ROW_COUNTS)
+        assert tokens_of(generate(llm, prompts, params)) == expected
+
+
+def test_why_rows_run_without_a_graph() -> None:
+    """Rows are counted by reason, and their tokens are those of an engine without graphs."""
+
+    def params(**options: Any) -> SamplingParams:
+        return SamplingParams(**{"temperature": 0, "seed": 1, "max_tokens": 33, "ignore_eos": True, **options})
+
+    requests = {
+        "mixed": [params(max_tokens=1, extra_args={"diffusion_mode": "ar"})],  # nothing but its prompt
+        "options": [params(temperature=1.0), params(extra_args={"diffusion_strategy": "posterior"})],
+        "rows": [params()] * 4,
+    }
+    prompt = list(range(4, 40))
+    options = {"disable_log_stats": False}
+    with torch_attention(), running_engine(GOLDEN / "ckpt_A", **options) as llm, stand_in_cuda(llm, (1, 2)) as cuda:
+        expected = {reason: tokens_of(generate(llm, [prompt] * len(of), of)) for reason, of in requests.items()}
+        assert not any(eager_rows(llm).values())
+        cuda.capture()
+        for reason, of_reason in requests.items():
+            before = eager_rows(llm)
+            assert tokens_of(generate(llm, [prompt] * len(of_reason), of_reason)) == expected[reason]
+            grew = {name: count - before[name] for name, count in eager_rows(llm).items()}
+            assert grew[reason] >= len(of_reason)
+            assert {name for name, count in grew.items() if count} == {reason}
+
+
+def eager_rows(llm: LLM) -> dict[str, float]:
+    values = {metric.name: metric for metric in llm.get_metrics()}
+    return {reason: values[name].value for reason, name in EAGER.items()}

@@ -71,8 +71,9 @@ def test_no_request_takes_more_than_was_profiled(monkeypatch: pytest.MonkeyPatch
 
             monkeypatch.setattr(StepFill, name, watched)
 
-        watch("add_next_tokens")
-        watch("denoise")
+        watch("_add_next_tokens")
+        watch("_add_drafted")
+        watch("_add_canvases")
         for mode in ("mask_diffusion", "ar", "verified"):
             for options in demanding:
                 params = SamplingParams(max_tokens=16, ignore_eos=True, extra_args={"diffusion_mode": mode}, **options)

@@ -267,6 +267,7 @@ def test_no_cpu_kernel_where_triton_works(monkeypatch):
         "sampling-params-validation",
         "structured-outputs-validation",
         "grammar-bitmask",
+        "pass-graphs",
         "diffusion-metrics",
         "open-requests-of-a-server",
         "open-requests-offline",

@@ -8,16 +8,16 @@ from replay import NotReplayable, Recording
 def test_calls_are_made_again_on_the_same_memory() -> None:
     x, table = torch.arange(4.0), torch.zeros(2, 4)
 
-    def run() -> torch.Tensor:
+    recording = Recording([x, table])
+    with recording.records():
         y = x.view(2, 2) * 2
         table[1].copy_(y.flatten())
         y += 1
-        return y.sum(1)
-
-    recording = Recording(run, [x, table])
-    assert recording.result.tolist() == [4, 12]
+        result = y.sum(1)
+    assert result.tolist() == [4, 12]
     x.fill_(3)
-    assert recording.replay().tolist() == [14, 14]
+    recording.replay()
+    assert result.tolist() == [14, 14]
     assert table.tolist() == [[0] * 4, [6] * 4]
 
 
@@ -42,8 +42,8 @@ def test_calls_are_made_again_on_the_same_memory() -> None:
 )
 def test_what_no_graph_can_hold_is_found(run) -> None:
     x = torch.arange(4.0)
-    with pytest.raises(NotReplayable):
-        Recording(lambda: run(x), [x])
+    with pytest.raises(NotReplayable), Recording([x]).records():
+        run(x)
 
 
 _ELSEWHERE = torch.ones(4)
@@ -51,6 +51,21 @@ _ELSEWHERE = torch.ones(4)
 
 def test_a_frozen_number_gives_another_result() -> None:
     x, length = torch.arange(4.0), 2
-    recording = Recording(lambda: x[:length].sum(), [x])
+    recording = Recording([x])
+    with recording.records():
+        result = x[:length].sum()
     length = 4
-    assert recording.replay() != x[:length].sum()
+    recording.replay()
+    assert result != x[:length].sum()
+
+
+def test_what_one_pass_leaves_another_may_overwrite() -> None:
+    x, kept = torch.arange(4.0), torch.zeros(1)
+    recording = Recording([x, kept])
+    with recording.records():
+        result = x.sum()
+        kept[0].copy_(result)
+    recording.spoil()
+    assert result.isnan()
+    assert kept == 6
+    assert x.sum() == 6

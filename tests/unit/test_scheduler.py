@@ -124,8 +124,9 @@ def packed(report: Report) -> int:
         num_accepted=np.array([report.num_accepted]),
         room=np.array([report.width]),
         computed_unread=np.array([report.unread]),
+        why_eager=np.array([report.why_eager]),
     )
-    return int(Report.pack(rows, torch.tensor([report.is_finite])))
+    return int(Report.pack(rows, np.array([report.is_finite]))[0])
 
 
 def step(
@@ -359,7 +360,7 @@ def test_pages_hold_two_canvases() -> None:
         check_page_size(cache, 16)
 
 
-COSTS = StepCosts(3, 40, 32, 5, 1, 30, 4, 7, 8, 1, 250, 125, 500, 6, [2, 16], [0, 11])
+COSTS = StepCosts(3, 40, 32, 5, 1, 30, 4, 7, 8, 1, 250, 125, 500, 6, 9, 10, 11, [2, 16], [0, 11])
 
 
 def test_costs_travel_to_the_front_end() -> None:
@@ -393,8 +394,8 @@ def test_prometheus_keeps_engines_apart() -> None:
         made.observe(COSTS.pack(WIDTH), engine_idx=1)
         made.observe(COSTS.pack(WIDTH), engine_idx=1)
         counters = [name for name in HELP if name not in BUCKETS and name not in GAUGES]
-        assert [sample(f"{name}_total", 0) for name in counters] == [0] * 10
-        assert [sample(f"{name}_total", 1) for name in counters] == [10, 4, 2, 12, 60, 22, 8, 14, 16, 2]
+        assert [sample(f"{name}_total", 0) for name in counters] == [0] * 13
+        assert [sample(f"{name}_total", 1) for name in counters] == [10, 4, 2, 12, 60, 22, 18, 20, 22, 8, 14, 16, 2]
         assert [sample(name, 1) for name in GAUGES] == [250e-6, 125e-6, 500e-6]
         assert [sample(f"{name}_sum", 1) for name in BUCKETS] == [36, 22]
         assert sample("vllm:diffusion_num_committed_tokens_total", 1) == 64

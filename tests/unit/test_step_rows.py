@@ -150,7 +150,7 @@ def test_a_row_that_is_done_ends_the_step_by_default(limit: int | str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_on_the_device(device: str) -> None:
     """At the same addresses in every pass."""
-    buffers, addresses = PassBuffers(4, torch.device(device)), set()
+    buffers, addresses = PassBuffers(4, 4, torch.device(device)), set()
     for first in (3, 40):
         rows = step(
             {"computed": first, "scheduled": 2, "prefill": 90},
@@ -177,11 +177,12 @@ def test_rows_of_a_bucket() -> None:
     """Those that fill it up have no tokens: they are written nowhere, and no page is theirs."""
     rows = step({"computed": 30, "read": 29, "scheduled": 1, "drafts": 1, "is_ar": True})
     taken = rows.take_context()[0]
-    buffers = PassBuffers(4, torch.device("cpu"))
+    buffers = PassBuffers(4, 4, torch.device("cpu"))
     buckets = ((3, 1), None, (2, WIDTH))
     read, _, denoised = buffers.send(rows.slots, taken, rows.take_drafts(), rows.take_canvases(), buckets)
     tables = read.block_tables([torch.full((1, 8), 5)])
     assert (len(read), read.lengths.tolist()) == (3, [1, 0, 0])
+    assert read.slots.tolist() == [0, 4, 4]
     assert tables[0].tolist() == [[5] * 8, [0] * 8, [0] * 8]
     assert read.slot_mapping(tables[0], 8).tolist() == [5 * 8 + 29 % 8, -1, -1]
     assert (denoised.lengths.tolist(), denoised.num_tokens) == ([0, 0], 2 * WIDTH)
@@ -194,7 +195,7 @@ def test_reports_arrive() -> None:
     )
     rows.take_context()
     rows.take_canvases()
-    packed = Report.pack(rows, torch.tensor([True, False])).tolist()
+    packed = Report.pack(rows, np.array([True, False])).tolist()
     reports = [Report(1, 1, WIDTH, 0), Report(1, 0, 1, 0, is_finite=False)]
     assert [Report.unpack(number) for number in packed] == reports
 

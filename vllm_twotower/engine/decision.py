@@ -59,8 +59,8 @@ class Decision:
     ) -> Iterator[tuple[Targets, Prediction]]:
         """Predictions from hidden states (T, H), a tile of at most so many rows of logits at a time.
 
-        ``needs`` are fields of :class:`Prediction` to be computed. All targets have whole rows of logits with one
-        rank; where the vocabulary is sharded, only those do that need them.
+        ``needs`` are fields of :class:`Prediction` to be computed. Where the head gives the best tokens, only targets
+        that need whole rows of logits have them.
         """
         for index, whole_rows in self._tiles(targets, head, tile):
             part, of_part = targets, hidden
@@ -74,6 +74,10 @@ class Decision:
                 energy = best.confidence.log() if "energy" in needs else None
                 yield part, Prediction(best.tokens, best.confidence.isfinite(), best.confidence, energy=energy)
 
+    def needs_logits(self, slots: np.ndarray) -> np.ndarray:
+        """Which of the requests in slots (n,) are not greedy and plain; those with a grammar are not told."""
+        return self._table.needs_logits(slots) | self.processors.applies[slots]
+
     def record(self, targets: Targets, predicted: Prediction, committed: Tensor) -> None:
         """Keeps the log-probabilities of the positions that are ``committed`` (T,) bool."""
         if predicted.scored is not None:
@@ -84,8 +88,8 @@ class Decision:
         slots, together = targets.host_slots, targets.rows_together
         size = max(1, tile // (targets.rows.width * together)) * together
         whole = np.arange(len(slots))
-        if head.is_sharded:
-            needs_logits = self._table.needs_logits(slots) | self.processors.applies[slots] | targets.has_grammar
+        if head.gives_best:
+            needs_logits = self.needs_logits(slots) | targets.has_grammar
             if len(index := np.flatnonzero(~needs_logits)):
                 yield index, False
             whole = np.flatnonzero(needs_logits)

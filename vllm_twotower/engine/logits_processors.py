@@ -30,7 +30,7 @@ class CustomLogitsProcessors:
             processor for processor in sampler.logits_processors if not isinstance(processor, _BUILT_IN)
         ]
         self._text = sampler.req_states.all_token_ids
-        self.applies = np.zeros(sampler.req_states.max_num_reqs, dtype=bool)
+        self.applies = np.zeros(sampler.req_states.max_num_reqs + 1, dtype=bool)
 
     def add_request(self, slot: int, params: SamplingParams) -> None:
         """Tells every processor of a new request."""

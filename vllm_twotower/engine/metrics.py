@@ -15,6 +15,8 @@ from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
 
 from .mode_control import ModeDecision
 
+EAGER_REASONS = ("mixed", "options", "rows")
+"""Why a row runs without a CUDA graph, though there are some; see :data:`HELP`."""
 CONTEXT_PASSES = "vllm:twotower_num_context_passes"
 BLOCKS = "vllm:twotower_num_blocks"
 FORCED_BLOCKS = "vllm:twotower_num_forced_blocks"
@@ -23,6 +25,7 @@ STEPS_PER_BLOCK = "vllm:twotower_denoising_steps_per_block"
 DRAFT_TOKENS = "vllm:twotower_num_draft_tokens"
 ACCEPTED_TOKENS = "vllm:twotower_num_accepted_tokens"
 ACCEPTED_PER_DRAFT = "vllm:twotower_accepted_tokens_per_draft"
+EAGER = {reason: f"vllm:twotower_num_eager_rows_{reason}" for reason in EAGER_REASONS}
 AUTO_AR_CHOICES = "vllm:twotower_num_auto_ar_choices"
 AUTO_DIFFUSION_CHOICES = "vllm:twotower_num_auto_diffusion_choices"
 AUTO_VERIFIED_CHOICES = "vllm:twotower_num_auto_verified_choices"
@@ -40,6 +43,9 @@ HELP = {
     DRAFT_TOKENS: "Number of tokens that the denoiser drafted and the context tower verified.",
     ACCEPTED_TOKENS: "Number of drafted tokens that were accepted.",
     ACCEPTED_PER_DRAFT: "Histogram of accepted tokens per verified draft.",
+    EAGER["mixed"]: "Number of rows that ran without a CUDA graph beside prompts or rows of other widths.",
+    EAGER["options"]: "Number of rows that ran without a CUDA graph for options that graphs do not know.",
+    EAGER["rows"]: "Number of rows that ran without a CUDA graph as there were more of them than in the largest.",
     AUTO_AR_CHOICES: "Number of times that requests with diffusion_mode 'auto' went on token by token.",
     AUTO_DIFFUSION_CHOICES: "Number of times that requests with diffusion_mode 'auto' went on by mask diffusion.",
     AUTO_VERIFIED_CHOICES: "Number of times that requests with diffusion_mode 'auto' went on by verified drafts.",
@@ -65,7 +71,7 @@ class StepCosts:
     verified ``drafted_tokens`` were drafts, and ``accepted_per_draft`` has how many of them were right, for each block.
     ``not_finite`` requests ended because their logits were not. ``auto`` requests chose ``auto_<mode>`` times a mode,
     and the choice changed ``auto_changes`` times; ``auto_<mode>_us`` are the microseconds that it rests on, 0 without
-    any.
+    any. Where the engine has CUDA graphs, ``eager_<reason>`` rows ran without one.
     """
 
     denoiser_passes: int = 0
@@ -82,6 +88,9 @@ class StepCosts:
     auto_mask_diffusion_us: int = 0
     auto_verified_us: int = 0
     not_finite: int = 0
+    eager_mixed: int = 0
+    eager_options: int = 0
+    eager_rows: int = 0
     steps_per_block: list[int] = field(default_factory=list)
     accepted_per_draft: list[int] = field(default_factory=list)
 
@@ -92,6 +101,12 @@ class StepCosts:
         self.auto_changes += num_changes
         for mode, seconds in decision.seconds.items():
             setattr(self, f"auto_{mode}_us", round(seconds * 1e6))
+
+    def add_eager(self, why: int) -> None:
+        """Counts a row that ran without a CUDA graph, if it did: the reason as :class:`~.report.Report` has it."""
+        if why:
+            name = f"eager_{EAGER_REASONS[why - 1]}"
+            setattr(self, name, getattr(self, name) + 1)
 
     def pack(self, num_spec_tokens: int) -> SpecDecodingStats | None:
         """The costs in the form that reaches the front end, ``None`` if there are none.
@@ -138,6 +153,7 @@ _IN_LIST = (
     "auto_mask_diffusion_us",
     "auto_verified_us",
     "not_finite",
+    *(f"eager_{reason}" for reason in EAGER_REASONS),
 )
 
 
@@ -208,6 +224,7 @@ class TwoTowerProm(SpecDecodingProm):
             AUTO_DIFFUSION_CHOICES: costs.auto_mask_diffusion,
             AUTO_VERIFIED_CHOICES: costs.auto_verified,
             AUTO_MODE_CHANGES: costs.auto_changes,
+            **{name: getattr(costs, f"eager_{reason}") for reason, name in EAGER.items()},
         }
         for name, count in counts.items():
             self._metrics[name][engine_idx].inc(count)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,10 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_twotower.model.step_logits import StepLogits
 from vllm_twotower.options import EngineOptions
 
+from .graph_choice import GraphChoice
+from .pass_graphs import CapturablePasses, PassGraphs
 from .pass_plan import PassPlan
-from .pass_planner import PassPlanner, Step
+from .pass_planner import PassPlanner, Step, TowerGroups
 from .prefix_cache import commit_interval
 from .request_table import RequestTable
 from .sampler import TwoTowerSampler
@@ -44,10 +48,12 @@ class TwoTowerModelState(ModelState):
         vocab_size = self.model_config.get_vocab_size()
         self.table = RequestTable(self.max_num_reqs, self.max_model_len, self.options, vocab_size, device)
         self._step: Step | None = None
+        self._graphs: Callable[[], PassGraphs | None] = lambda: None
 
     def custom_sampler(self, sampler: Sampler) -> tuple[TwoTowerSampler, None]:
         self._req_states = sampler.req_states
-        return TwoTowerSampler(sampler, self, self.model_config), None
+        self._sampler = TwoTowerSampler(sampler, self, self.model_config)
+        return self._sampler, None
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Notes the pages of the KV cache."""
@@ -55,6 +61,19 @@ class TwoTowerModelState(ModelState):
         text = self._req_states.all_token_ids.gpu
         self.planner = PassPlanner(self.table, text, kv_cache_config, block_tables, layers)
         self._commit_interval = commit_interval(kv_cache_config, self.max_model_len)
+
+    def capturable_passes(self, attn_groups: list[list[AttentionGroup]]) -> CapturablePasses:
+        """The passes that can be captured as CUDA graphs, on the KV cache that there is now."""
+        groups = TowerGroups(attn_groups)
+        return CapturablePasses(self.planner, self.model, self._sampler.pass_decision, groups, self.vllm_config)
+
+    def use_graphs(self, graphs: PassGraphs) -> None:
+        """Replays passes for as long as vLLM's runner keeps the graphs."""
+        self._graphs = weakref.ref(graphs)
+
+    def _choice(self) -> GraphChoice | None:
+        graphs = self._graphs()
+        return None if graphs is None else GraphChoice(graphs, self.table, self._sampler.needs_logits)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         self.table.add(req_index, new_req_data.req_id, new_req_data.sampling_params)
@@ -96,9 +115,12 @@ class TwoTowerModelState(ModelState):
             self.planner.state_block_size,
         )
         self._step = Step(
-            rows, input_batch.query_start_loc_np[:num_reqs], input_batch.prefill_len_np[:num_reqs], attn_groups
+            rows,
+            input_batch.query_start_loc_np[:num_reqs],
+            input_batch.prefill_len_np[:num_reqs],
+            TowerGroups(attn_groups),
         )
-        self.planner.plan(self._step)
+        self.planner.plan(self._step, self._choice())
         return {}  # each run of a tower has its own, see PassPlan
 
     def take_step(self) -> tuple[StepRows, PassPlan] | None:
@@ -110,10 +132,10 @@ class TwoTowerModelState(ModelState):
 
     def run_pass(self) -> tuple[PassPlan, StepLogits]:
         """Runs the next pass of the step that was taken."""
-        plan = self.planner.plan(self._current)
+        plan = self.planner.plan(self._current, self._choice())
         with set_forward_context({}, self.vllm_config, num_tokens=plan.num_tokens):
             return plan, self.model.run(plan)
 
     def commit_drafts(self, plan: PassPlan, counts: np.ndarray) -> None:
         """Lets the context tower's states go on by so many tokens (n,) of the drafts that the pass has verified."""
-        self.planner.advance_states(plan, plan.drafted.on_device(counts))
+        self.planner.advance_states(plan.drafts, plan.drafts.rows.on_device(counts))

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from vllm.forward_context import get_forward_context
 
 from vllm_twotower.model.denoiser import CanvasRows
 
+from .pass_graphs import Replay
 from .targets import Canvases, DraftedTokens, NextTokens
 from .tower_rows import DeviceRows
+
+if TYPE_CHECKING:
+    from vllm_twotower.model.two_tower import NemotronHTwoTowerForCausalLM
 
 
 @dataclass
 class AttentionInputs:
-    """vLLM's ``metadata`` of one tower's layers, and where their keys and values go, by layer name."""
+    """vLLM's ``metadata`` of one tower's layers, and where their keys and values go, by layer name.
+
+    ``is_padding`` (T,) bool, if any tokens are inert: they share the experts of the first token.
+    """
 
     metadata: dict[str, Any]
     slot_mapping: dict[str, Tensor]
+    is_padding: Tensor | None = None
+
+    def use(self) -> None:
+        """Gives the layers of the run that comes next what they need."""
+        context = get_forward_context()
+        context.attn_metadata, context.slot_mapping = self.metadata, self.slot_mapping
+        context.is_padding = self.is_padding
 
 
 @dataclass
@@ -32,8 +47,17 @@ class ContextInputs:
     attention: AttentionInputs
     rows: DeviceRows
     input_ids: Tensor
-    logits_indices: Tensor | slice | None
-    prompt_tokens: Tensor | None
+    logits_indices: Tensor | slice | None = None
+    prompt_tokens: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    def run(self, model: NemotronHTwoTowerForCausalLM) -> Tensor:
+        """Runs the context tower, in a forward context: hidden states (T, H)."""
+        self.attention.use()
+        return model.context_tower(self.input_ids, self.rows.positions)
 
 
 @dataclass
@@ -45,21 +69,30 @@ class CanvasInputs:
     rows: CanvasRows
     time: Tensor
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    def run(self, model: NemotronHTwoTowerForCausalLM) -> Tensor:
+        """Runs the denoiser, in a forward context: hidden states (T, H)."""
+        self.attention.use()
+        return model.denoise(self.input_ids, self.rows, self.time)
+
 
 @dataclass
 class PassPlan:
-    """The inputs of what a pass runs, and the positions that it has logits for.
+    """The inputs of what a pass runs, or the graphs in their place, and the positions that it has logits for.
 
     The context tower reads what is certain (``context``) and what may be rejected (``drafts``), one after the other.
     """
 
-    context: ContextInputs | None = None
+    context: ContextInputs | Replay | None = None
+    drafts: ContextInputs | Replay | None = None
+    canvas: CanvasInputs | Replay | None = None
     next_tokens: NextTokens | None = None
-    drafts: ContextInputs | None = None
     drafted: DraftedTokens | None = None
-    canvas: CanvasInputs | None = None
     canvases: Canvases | None = None
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(run.input_ids) for run in (self.context, self.drafts, self.canvas) if run is not None)
+        return sum(run.num_tokens for run in (self.context, self.drafts, self.canvas) if run is not None)

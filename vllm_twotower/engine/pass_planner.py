@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +19,9 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_twotower.model.context import UncommittedRead
 from vllm_twotower.model.denoiser import DENOISER_PREFIX, CanvasRows
 
+from .graph_choice import GraphChoice
 from .pass_buffers import PassBuffers
+from .pass_graphs import PassDescriptor, Replay
 from .pass_plan import AttentionInputs, CanvasInputs, ContextInputs, PassPlan
 from .prefix_cache import move_states, state_block_size, state_column
 from .request_table import RequestTable
@@ -28,25 +30,29 @@ from .targets import Canvases, DraftedTokens, NextTokens
 from .tower_rows import DeviceRows, TowerRows
 
 
+class TowerGroups:
+    """vLLM's attention groups of either tower, by KV cache group."""
+
+    def __init__(self, attn_groups: list[list[AttentionGroup]]):
+        self.context, self.denoiser = (
+            [
+                [group for group in groups if (DENOISER_PREFIX in group.layer_names[0]) == is_denoiser]
+                for groups in attn_groups
+            ]
+            for is_denoiser in (False, True)
+        )
+
+
 @dataclass
 class Step:
     """A step's rows; of vLLM's batch, by its rows (R,), where their tokens begin and how long their prompts are; the
-    attention groups, and those of either tower by KV cache group; and the pass planned last."""
+    attention groups; and the pass planned last."""
 
     rows: StepRows
     query_start: np.ndarray
     prefill_len: np.ndarray
-    attn_groups: list[list[AttentionGroup]]
+    groups: TowerGroups
     plan: PassPlan | None = None
-
-    def __post_init__(self) -> None:
-        self.context_groups, self.denoiser_groups = (
-            [
-                [group for group in groups if (DENOISER_PREFIX in group.layer_names[0]) == is_denoiser]
-                for groups in self.attn_groups
-            ]
-            for is_denoiser in (False, True)
-        )
 
 
 class PassPlanner:
@@ -64,7 +70,7 @@ class PassPlanner:
         layers: Mapping[str, nn.Module],
     ):
         self.table, self._text, self._layers = table, text, layers
-        self._buffers = PassBuffers(len(table.width), table.device)
+        self._buffers = PassBuffers(table.no_request, table.no_request, table.device)
         self._kv_cache_config, self._block_sizes = kv_cache_config, block_tables.block_sizes
         # Those of the rows of vLLM's batch, which it fills before every step.
         self._block_tables = block_tables.input_block_tables
@@ -77,41 +83,65 @@ class PassPlanner:
             for layer_name in kv_cache_config.kv_cache_groups[group_id].layer_names
         }
 
-    def plan(self, step: Step) -> PassPlan:
-        """The next pass, on what the rows need now."""
-        context, gets_token = step.rows.take_context()
-        drafts = step.rows.take_drafts()
-        for rows in (context, drafts):
-            self._move_states(rows)
-        sent = self._buffers.send(step.rows.slots, context, drafts, step.rows.take_canvases())
-        self._begin_drafts(step.rows, sent[-1])
-        step.plan = self.plan_towers(step, *sent, gets_token)
+    def plan(self, step: Step, choice: GraphChoice | None = None) -> PassPlan:
+        """The next pass, on what the rows need now; runs that the ``choice`` finds graphs for are replayed."""
+        rows = step.rows
+        context, gets_token = rows.take_context()
+        drafts, canvases = rows.take_drafts(), rows.take_canvases()
+        for reads in (context, drafts):
+            self._move_states(reads)
+        descs: Sequence[PassDescriptor | None] = (None, None, None)
+        if choice is not None:
+            descs = choice.find(rows, step.prefill_len, context, gets_token, drafts, canvases)
+        buckets = [desc and (desc.num_reqs, desc.width) for desc in descs]
+        sent = self._buffers.send(rows.slots, context, drafts, canvases, buckets)
+        self._begin_drafts(rows, sent[-1])
+        replays = [desc and Replay(choice.graphs, desc, run) for desc, run in zip(descs, sent, strict=True)]
+        step.plan = self.plan_towers(step, *sent, gets_token, *replays)
         return step.plan
 
     def plan_towers(
-        self, step: Step, context: DeviceRows, drafts: DeviceRows, denoiser: DeviceRows, gets_token: np.ndarray
+        self,
+        step: Step,
+        context: DeviceRows,
+        drafts: DeviceRows,
+        denoiser: DeviceRows,
+        gets_token: np.ndarray,
+        *replays: Replay | None,
     ) -> PassPlan:
-        """The inputs of both towers, made on the device of what was sent there.
+        """The inputs of both towers, made on the device of what was sent there; ``replays`` need none.
 
         ``gets_token``: which of the context tower's rows get a next token.
         """
-        plan = PassPlan()
-        if len(context):
+        plan = PassPlan(*replays)
+        if len(context) and plan.context is None:
             self._plan_context(plan, step, context, gets_token)
-        if len(drafts):
-            self._plan_drafts(plan, step, drafts)
-        if len(denoiser):
-            plan.canvases = canvases = Canvases(denoiser, self.table)
-            tokens, times = canvases.canvas.flatten(), canvases.times()
+        if len(drafts) and plan.drafts is None:
+            plan.drafted, plan.drafts = self.draft_inputs(drafts, step.groups)
+        if len(denoiser) and plan.canvas is None:
             before = step.plan
+            plan.canvases = canvases = Canvases(denoiser, self.table)
             if before is not None and before.canvases is not None and before.canvases.has_rows_of(canvases):
-                plan.canvas = replace(before.canvas, input_ids=tokens, time=times)
+                plan.canvas = replace(before.canvas, input_ids=canvases.canvas.flatten(), time=canvases.times())
             else:
-                tables = denoiser.block_tables(self._block_tables)
-                attention = self._attention(denoiser, tables, step.denoiser_groups, is_causal=False)
-                rows = CanvasRows(len(denoiser), denoiser.width, self._state_indices(denoiser.starts, tables))
-                plan.canvas = CanvasInputs(attention, tokens, rows, times)
+                plan.canvas = self.canvas_inputs(canvases, step.groups)
         return plan
+
+    def canvas_inputs(self, canvases: Canvases, groups: TowerGroups) -> CanvasInputs:
+        """A pass of the denoiser over canvases."""
+        rows = canvases.rows
+        tables = rows.block_tables(self._block_tables)
+        attention = self._attention(rows, tables, groups.denoiser, is_causal=False)
+        of_states = CanvasRows(len(rows), rows.width, self._state_indices(rows.starts, tables))
+        return CanvasInputs(attention, canvases.canvas.flatten(), of_states, canvases.times())
+
+    def clear_buffers(self) -> None:
+        """Puts rows of no request where passes find their rows."""
+        self._buffers.clear()
+
+    def buffered_rows(self, desc: PassDescriptor) -> DeviceRows:
+        """The rows of a graph, whichever they are when it is replayed."""
+        return self._buffers.rows(desc.run, desc.num_reqs, desc.width, self.table.max_model_len)
 
     def _plan_context(self, plan: PassPlan, step: Step, context: DeviceRows, gets_token: np.ndarray) -> None:
         """The context tower's part of a plan."""
@@ -127,25 +157,38 @@ class PassPlanner:
             num_returned = step.rows.num_new[rows.host.batch_rows]
             plan.next_tokens = NextTokens(rows.next_positions(), self.table, num_returned)
         attention = self._context_attention(step, context)
-        input_ids = self._text[context.slots[context.row], context.positions]
+        input_ids = self._tokens(context)
         prompt_tokens = self._prompt_tokens(step, context.host)
         plan.context = ContextInputs(attention, context, input_ids, logits_indices, prompt_tokens)
 
-    def _plan_drafts(self, plan: PassPlan, step: Step, drafts: DeviceRows) -> None:
-        """The context tower's read of blocks that it is to verify; its Mamba states stay as they are."""
-        groups = [
-            [] if group_id in self._mamba_groups else layers for group_id, layers in enumerate(step.context_groups)
+    def next_token_inputs(self, rows: DeviceRows, groups: TowerGroups) -> tuple[NextTokens, ContextInputs]:
+        """The context tower's read of one token each, and the positions behind."""
+        targets = NextTokens(rows.next_positions(), self.table, np.zeros(len(rows.host), dtype=np.int64))
+        attention = self._attention(rows, rows.block_tables(self._block_tables), groups.context, is_causal=True)
+        return targets, ContextInputs(attention, rows, self._tokens(rows))
+
+    def draft_inputs(self, drafts: DeviceRows, groups: TowerGroups) -> tuple[DraftedTokens, ContextInputs]:
+        """The context tower's read of blocks that it is to verify, and the positions behind each of their tokens."""
+        inputs = self.read_inputs(drafts, groups)
+        of_row = inputs.input_ids.view(len(drafts), drafts.width)
+        return DraftedTokens(drafts.behind_each_token(), self.table, of_row), inputs
+
+    def read_inputs(self, rows: DeviceRows, groups: TowerGroups) -> ContextInputs:
+        """The context tower's read of blocks; its Mamba states stay as they are until :meth:`advance_states`."""
+        of_attention = [
+            [] if group_id in self._mamba_groups else layers for group_id, layers in enumerate(groups.context)
         ]
-        # A page more, as drafts that are filled up may reach beyond the last one.
-        tables = [F.pad(table, (0, 1), value=NULL_BLOCK_ID) for table in drafts.block_tables(self._block_tables)]
-        attention = self._attention(drafts, tables, groups, is_causal=True)
-        states = self._state_indices(drafts.starts + drafts.lengths, tables)
-        is_inert = drafts.is_inert if drafts.has_padding else None
-        attention.metadata |= {name: UncommittedRead(len(drafts), index, is_inert) for name, index in states.items()}
-        input_ids = self._text[drafts.slots[drafts.row], drafts.positions].long()
-        plan.drafts = ContextInputs(attention, drafts, input_ids, slice(None), None)
-        of_row = input_ids.view(len(drafts), drafts.width)
-        plan.drafted = DraftedTokens(drafts.behind_each_token(), self.table, of_row)
+        # A page more, as rows that are filled up may reach beyond the last one.
+        tables = [F.pad(table, (0, 1), value=NULL_BLOCK_ID) for table in rows.block_tables(self._block_tables)]
+        attention = self._attention(rows, tables, of_attention, is_causal=True)
+        states = self._state_indices(rows.starts + rows.lengths, tables)
+        is_inert = rows.is_inert if rows.has_padding else None
+        attention.metadata |= {name: UncommittedRead(len(rows), index, is_inert) for name, index in states.items()}
+        return ContextInputs(attention, rows, self._tokens(rows).long())
+
+    def _tokens(self, rows: DeviceRows) -> Tensor:
+        """(T,): the text at the rows' positions."""
+        return self._text[rows.text_slots(self._text)[rows.row], rows.positions]
 
     def _begin_drafts(self, rows: StepRows, denoiser: DeviceRows) -> None:
         """Puts the newest token at the start of canvases that are drafts, before their first pass."""
@@ -155,17 +198,16 @@ class PassPlanner:
             drafts = denoiser.take(begins)
             self.table.canvas[drafts.slots, 0] = self._text[drafts.slots, drafts.starts].long()
 
-    def advance_states(self, plan: PassPlan, counts: Tensor) -> None:
-        """Lets Mamba states go on by the first ``counts`` (n,) tokens of the drafts that the pass has verified."""
-        counts = F.pad(counts, (0, len(plan.drafts.rows) - len(counts)))
+    def advance_states(self, inputs: ContextInputs, counts: Tensor) -> None:
+        """Lets Mamba states go on by the first ``counts`` (n,) tokens of the rows that were read."""
         for name in self._mamba_layers:
-            self._layers[name].commit(plan.drafts.attention.metadata[name], counts)
+            self._layers[name].commit(inputs.attention.metadata[name], counts)
 
     def _context_attention(self, step: Step, rows: DeviceRows) -> AttentionInputs:
         """What the context tower's layers need; for Mamba layers as in the pass before if that was the same to them."""
-        groups, kept = step.context_groups, {}
+        groups, kept = step.groups.context, {}
         before = None if step.plan is None else step.plan.context
-        if before is not None and self._continues(before.rows, rows):
+        if isinstance(before, ContextInputs) and self._continues(before.rows, rows):
             groups = [[] if group_id in self._mamba_groups else groups[group_id] for group_id in range(len(groups))]
             kept = {name: before.attention.metadata[name] for name in self._mamba_layers}
         attention = self._attention(rows, rows.block_tables(self._block_tables), groups, is_causal=True)
@@ -239,4 +281,4 @@ class PassPlanner:
             is_prefilling=torch.ones(len(rows), dtype=torch.bool),
             causal=is_causal,
         )
-        return AttentionInputs(metadata, slot_mapping)
+        return AttentionInputs(metadata, slot_mapping, rows.is_inert.flatten() if rows.has_padding else None)

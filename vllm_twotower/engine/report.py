@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
-from vllm.utils.torch_utils import async_tensor_h2d
 
 from .step_rows import StepRows
 
@@ -20,11 +17,12 @@ class Report:
     """What became of one row: ``context_passes`` and ``denoiser_passes``, the latter over ``width`` positions.
 
     Of the tokens that vLLM counts as computed the context tower has yet to read the last ``unread``. Of a draft
-    ``num_accepted`` tokens were accepted; -1 without a draft. The logits its tokens were chosen by may not have been
-    ``is_finite``.
+    ``num_accepted`` tokens were accepted; -1 without a draft. If a pass ran without a CUDA graph though the engine has
+    them, ``why_eager`` says why, see :class:`~.step_rows.StepRows`. The logits its tokens were chosen by may not have
+    been ``is_finite``.
 
     vLLM carries one number a row from the worker to the scheduler, the count of NaN logits; a report is packed into it,
-    12 bits for each count.
+    12 bits for each count and 3 for the reason.
     """
 
     context_passes: int = 0
@@ -32,13 +30,14 @@ class Report:
     width: int = 0
     unread: int = 0
     num_accepted: int = -1
+    why_eager: int = 0
     is_finite: bool = True
 
     @staticmethod
-    def pack(rows: StepRows, is_finite: Tensor) -> Tensor:
+    def pack(rows: StepRows, is_finite: np.ndarray) -> np.ndarray:
         """(R,) int64, bitwise complements, which are negative, where not ``is_finite`` (R,)."""
         width = np.where(rows.is_ar, 1, rows.room)
-        packed = np.zeros_like(width)
+        packed = rows.why_eager
         for count in (
             rows.context_passes,
             rows.denoiser_passes,
@@ -47,12 +46,11 @@ class Report:
             rows.num_accepted + 1,
         ):
             packed = packed << _BITS | count
-        packed = async_tensor_h2d(packed, device=is_finite.device, dtype=torch.int64)
-        return torch.where(is_finite, packed, ~packed)
+        return np.where(is_finite, packed, ~packed)
 
     @classmethod
     def unpack(cls, number: int) -> Report:
         """The reverse of :meth:`pack`, of one row."""
         is_finite, number = number >= 0, max(number, ~number)
         counts = [number >> _BITS * place & _MASK for place in (4, 3, 2, 1, 0)]
-        return cls(*counts[:-1], counts[-1] - 1, is_finite)
+        return cls(*counts[:-1], counts[-1] - 1, number >> _BITS * 5, is_finite)

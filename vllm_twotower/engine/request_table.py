@@ -27,10 +27,11 @@ _COLUMN_TYPES = {
 
 
 class RequestTable:
-    """Per-request state, a row for each slot that vLLM's ``RequestState`` hands out.
+    """Per-request state, a row for each slot that vLLM's ``RequestState`` hands out, and one for no request.
 
     NumPy arrays hold what decides which rows a step runs; tensors on ``device`` hold what tokens are chosen with.
     ``read`` counts the tokens that the context tower has read of a request. ``stops`` are the tokens that end it.
+    Rows that fill up a pass have the slot ``no_request``.
     """
 
     def __init__(
@@ -40,28 +41,29 @@ class RequestTable:
         self.engine = engine
         self.vocab_size = vocab_size
         self.device = device
+        self.no_request, num_slots = max_num_reqs, max_num_reqs + 1
         self.strategies = list(strategies().values())
         self.strategy_names = list(strategies())
-        self.width = np.zeros(max_num_reqs, dtype=np.int64)
-        self.read = np.zeros(max_num_reqs, dtype=np.int64)
-        self.is_ar = np.zeros(max_num_reqs, dtype=bool)
-        self.is_auto = np.zeros(max_num_reqs, dtype=bool)
-        self.starts_with_ar = np.zeros(max_num_reqs, dtype=bool)
-        self.verifies = np.zeros(max_num_reqs, dtype=bool)
-        self.has_grammar = np.zeros(max_num_reqs, dtype=bool)
-        self.stops: list[frozenset[int]] = [frozenset()] * max_num_reqs
-        self.is_random = np.zeros(max_num_reqs, dtype=bool)
-        self.is_filtered = np.zeros(max_num_reqs, dtype=bool)
-        self.scores_prompt = np.zeros(max_num_reqs, dtype=bool)
-        self.strategy = np.zeros(max_num_reqs, dtype=np.int64)
+        self.width = np.zeros(num_slots, dtype=np.int64)
+        self.read = np.zeros(num_slots, dtype=np.int64)
+        self.is_ar = np.zeros(num_slots, dtype=bool)
+        self.is_auto = np.zeros(num_slots, dtype=bool)
+        self.starts_with_ar = np.zeros(num_slots, dtype=bool)
+        self.verifies = np.zeros(num_slots, dtype=bool)
+        self.has_grammar = np.zeros(num_slots, dtype=bool)
+        self.stops: list[frozenset[int]] = [frozenset()] * num_slots
+        self.is_random = np.zeros(num_slots, dtype=bool)
+        self.is_filtered = np.zeros(num_slots, dtype=bool)
+        self.scores_prompt = np.zeros(num_slots, dtype=bool)
+        self.strategy = np.zeros(num_slots, dtype=np.int64)
         self.clear()
 
-        shape = (max_num_reqs, engine.canvas_length)
+        shape = (num_slots, engine.canvas_length)
         self.canvas = torch.full(shape, engine.mask_token_id, dtype=torch.int64, device=device)
-        self.step = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
+        self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.options = RowOptions(
             **{
-                name: torch.ones(max_num_reqs, dtype=_COLUMN_TYPES.get(name, torch.float32), device=device)
+                name: torch.ones(num_slots, dtype=_COLUMN_TYPES.get(name, torch.float32), device=device)
                 for name in RowOptions.__dataclass_fields__
             }
         )

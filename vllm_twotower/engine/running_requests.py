@@ -71,6 +71,7 @@ class RunningRequest:
     ) -> None:
         """Adds what the row cost to the step's costs and the request's metrics."""
         self.unread = report.unread
+        costs.add_eager(report.why_eager)
         costs.context_passes += report.context_passes
         costs.denoiser_passes += report.denoiser_passes
         costs.canvas_positions += report.denoiser_passes * report.width

@@ -20,6 +20,7 @@ from vllm_twotower.model.step_logits import StepLogits
 
 from .decision import Decision
 from .fill import PassSource, StepFill
+from .pass_decision import PassDecision
 from .pass_plan import PassPlan
 from .report import Report
 from .request_table import RequestTable
@@ -56,6 +57,11 @@ class TwoTowerSampler:
         self._source, self._table = source, source.table
         self._max_logprobs = model_config.max_logprobs
         self._decision = Decision(sampler, self._table, model_config)
+        self.pass_decision = PassDecision(self._decision, self._table, sampler.req_states.all_token_ids.gpu)
+
+    def needs_logits(self, slots: np.ndarray) -> np.ndarray:
+        """Which of the requests in slots (n,) need whole rows of logits, or what is done with them on the host."""
+        return self._decision.needs_logits(slots) | self._table.has_grammar[slots]
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
         """Tells custom logits processors; the model state has added the request to the table."""
@@ -73,19 +79,20 @@ class TwoTowerSampler:
         rows, plan = step
         # Draft tokens are placeholders here, so the scheduler has none to check against a grammar.
         input_batch.has_structured_output_reqs = False
-        fill = StepFill(rows, self._table, self.req_states, self._decision, self._source)
+        text = self.req_states.all_token_ids.gpu
+        fill = StepFill(rows, self._table, text, self.pass_decision, self._source)
         fill.run(plan, logits, _bitmasks(logits, input_batch))
         self._table.read[rows.slots] = rows.read
-        num_sampled, num_rejected = (
-            async_tensor_h2d(values, device=fill.tokens.device, dtype=torch.int32)
-            for values in (rows.num_new, rows.num_rejected)
+        num_sampled, num_rejected, report = rows.num_new, rows.num_rejected, Report.pack(rows, fill.is_finite)
+        tokens, num_sampled, num_rejected, report = (
+            async_tensor_h2d(values, device=text.device) for values in (fill.tokens, num_sampled, num_rejected, report)
         )
         return SamplerOutput(
-            sampled_token_ids=fill.tokens,
+            sampled_token_ids=tokens,
             logprobs_tensors=self._table.logprobs.collect(rows.slots, rows.num_new),
-            num_nans=Report.pack(rows, fill.is_finite),
-            num_sampled=num_sampled,
-            num_rejected=num_rejected,
+            num_nans=report,
+            num_sampled=num_sampled.int(),
+            num_rejected=num_rejected.int(),
         )
 
     def _profile(self, logits: StepLogits, num_reqs: int) -> SamplerOutput:

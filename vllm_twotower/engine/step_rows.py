@@ -37,7 +37,8 @@ class StepRows:
     ``read`` some; ``num_new`` came in this step, in the place of ``num_drafts``. A row may get ``room`` tokens in this
     step, 0 for one that fills no block; the context tower fills it if the row ``is_ar``, or verifies it if the row
     ``is_verified``, otherwise the denoiser does.
-    ``context_passes`` and ``denoiser_passes`` count the runs of the towers over the row.
+    ``context_passes`` and ``denoiser_passes`` count the runs of the towers over the row. If one of them ran without a
+    graph that others have, ``why_eager`` is the number of the reason, counted from 1, in ``EAGER_REASONS``.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class StepRows:
         self._is_drafted = np.zeros(len(slots), dtype=bool)
         self.num_new = np.zeros_like(slots)
         self.context_passes, self.denoiser_passes = np.zeros_like(slots), np.zeros_like(slots)
+        self.why_eager = np.zeros_like(slots)
         self._runs = self.is_chunk | fills
         self.ends_with_first = table.engine.denoise_steps_per_engine_step == "auto"
         self.max_passes = table.engine.denoise_steps_per_engine_step

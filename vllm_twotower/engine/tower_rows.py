@@ -78,6 +78,10 @@ class DeviceRows:
         """The values on the rows' device."""
         return async_tensor_h2d(values, device=self.slots.device)
 
+    def text_slots(self, text: Tensor) -> Tensor:
+        """The slots (n,) of the rows' texts (max_num_reqs, ...); of rows of no request some slot."""
+        return self.slots.clamp(max=len(text) - 1) if self.has_padding else self.slots
+
     def take(self, index: np.ndarray) -> DeviceRows:
         """Some of the rows."""
         of_index = self.on_device(index)

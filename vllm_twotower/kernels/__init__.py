@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from . import modulated_norm, seeded_mamba, unmasking, vocabulary
+from . import seeded_mamba, unmasking, vocabulary
 from .seeded_mamba import advanced_state
 
 __all__ = [
     "advanced_state",
-    "gated_residual_norm",
     "most_confident",
     "row_statistics",
     "seeded_conv",
@@ -37,7 +36,6 @@ def _by_device(in_torch: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
-gated_residual_norm = _by_device(modulated_norm.gated_residual_norm)
 most_confident = _by_device(unmasking.most_confident)
 row_statistics = _by_device(vocabulary.row_statistics)
 seeded_conv = _by_device(seeded_mamba.seeded_conv)

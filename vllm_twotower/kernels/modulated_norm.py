@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from vllm.ir.ops import rms_norm
 
 
 def gated_residual_norm(
@@ -23,10 +24,3 @@ def gated_residual_norm(
     if before:
         return x.view(mixed.shape), torch.addcmul(shift, rms_norm(x, weight, eps), scale).view(mixed.shape)
     return x.view(mixed.shape), rms_norm(torch.addcmul(shift, x, scale), weight, eps).view(mixed.shape)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """(..., H) -> (..., H): over the last dimension, in fp32; weight (H,)."""
-    of_x = x.float()
-    of_x = of_x * torch.rsqrt(of_x.pow(2).mean(-1, keepdim=True) + eps)
-    return (of_x.to(weight.dtype) * weight).to(x.dtype)

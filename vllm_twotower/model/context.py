@@ -11,8 +11,9 @@ from transformers import PretrainedConfig
 from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2, Mixer2RMSNormGated
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+from vllm.model_executor.layers.mamba.ops.layernorm_gated import rms_norm_gated
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.nemotron_h import ALL_DECODER_LAYER_TYPES, NemotronHModel, NemotronHMoE
 from vllm.platforms import current_platform
@@ -67,11 +68,12 @@ def cached_states(mixer: MambaMixer2) -> tuple[Tensor, Tensor]:
     return (conv_cache.transpose(1, 2) if is_conv_state_dim_first() else conv_cache), ssm_cache
 
 
-def blank_states(mixer: MambaMixer2) -> tuple[Tensor, Tensor]:
-    """As :func:`cached_states`, before there are any, with N = 1: for profiling memory."""
+def blank_states(mixer: MambaMixer2, num_rows: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """As :func:`cached_states`, before there are any, and the indices (R,) of rows in it: for profiling memory."""
     like = mixer.conv1d.weight
     conv = like.new_zeros(1, mixer.conv_kernel_size - 1, mixer.tped_conv_size)
-    return conv, like.new_zeros(1, mixer.tped_dt_size, mixer.head_dim, mixer.ssm_state_size)
+    ssm = like.new_zeros(1, mixer.tped_dt_size, mixer.head_dim, mixer.ssm_state_size)
+    return (conv, ssm), like.new_zeros(num_rows, dtype=torch.int64)
 
 
 def mix_from(
@@ -140,8 +142,7 @@ class ContextMambaMixer(MambaMixer2):
         like = self.conv1d.weight
         size = self.tped_intermediate_size + self.tped_conv_size + self.tped_dt_size
         projected = like.new_zeros(num_rows, width, size)[..., self.tped_intermediate_size :]
-        indices = torch.zeros(num_rows, dtype=torch.int64, device=like.device)
-        return mix_from(self, projected, blank_states(self), indices)[1]
+        return mix_from(self, projected, *blank_states(self, num_rows))[1]
 
     def commit(self, read: UncommittedRead, counts: Tensor) -> None:
         """Writes the states after the first ``counts`` (R,) tokens of the rows that it has read."""
@@ -177,7 +178,7 @@ def mamba_mixer(
     prefix: str,
 ) -> MambaMixer2:
     """A Mamba-2 mixer of the given class with Nemotron-H's dimensions."""
-    return mixer_class(
+    mixer = mixer_class(
         hidden_size=config.hidden_size,
         ssm_state_size=config.ssm_state_size,
         conv_kernel_size=config.conv_kernel,
@@ -194,14 +195,53 @@ def mamba_mixer(
         quant_config=quant_config,
         prefix=prefix,
     )
+    mixer.norm = GatedNorm(mixer.intermediate_size, config.n_groups, eps=config.layer_norm_epsilon)
+    return mixer
+
+
+class GatedNorm(Mixer2RMSNormGated):
+    """vLLM's, which on GPUs falls back to separate operations of torch for several groups: one kernel knows them."""
+
+    def forward_cuda(self, x: Tensor, gate: Tensor) -> Tensor:
+        """(T, D) each, D the channels of this rank -> (T, D)."""
+        if self.n_groups == 1 or self.n_groups % self.tp_size:
+            return super().forward_cuda(x, gate)
+        return rms_norm_gated(
+            x,
+            self.weight.data,
+            bias=None,
+            z=gate,
+            eps=self.variance_epsilon,
+            group_size=self.group_size,
+            norm_before_gate=False,
+        )
 
 
 def moe_mixer(
     config: PretrainedConfig, quant_config: QuantizationConfig | None, parallel_config: ParallelConfig, prefix: str
 ) -> nn.Module:
     """vLLM's fused MoE, or on CPUs, where that knows no relu² experts, our own."""
-    moe_class = CpuMoE if current_platform.is_cpu() else NemotronHMoE
+    moe_class = _PaddedCpuMoE if current_platform.is_cpu() else _PaddedMoE
     return moe_class(config, quant_config=quant_config, parallel_config=parallel_config, prefix=prefix)
+
+
+class _SharedByPadding(nn.Module):
+    """Lets inert tokens go to the experts of the first token, so that no expert's weights are read for them."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(T, H) -> (T, H)."""
+        is_padding = get_forward_context().is_padding
+        if is_padding is not None:
+            hidden_states = torch.where(is_padding[:, None], hidden_states[:1], hidden_states)
+        return super().forward(hidden_states)
+
+
+class _PaddedMoE(_SharedByPadding, NemotronHMoE):
+    pass
+
+
+class _PaddedCpuMoE(_SharedByPadding, CpuMoE):
+    pass
 
 
 class _PreNormLayer(nn.Module):

@@ -106,12 +106,11 @@ class DenoiserMambaMixer(MambaMixer2):
         projected, _ = self.in_proj(hidden_states)
         gate, of_mixer = projected.split([self.tped_intermediate_size, self.tped_conv_size + self.tped_dt_size], dim=-1)
         name = _context_name(self.prefix)
-        indices = rows.state_indices.get(name)
-        if indices is None:
-            states, indices = blank_states(self), projected.new_zeros(rows.num_rows, dtype=torch.int64)
+        if name in rows.state_indices:
+            states = cached_states(get_forward_context().no_compile_layers[name]), rows.state_indices[name]
         else:
-            states = cached_states(get_forward_context().no_compile_layers[name])
-        y, _ = mix_from(self, rows.by_row(of_mixer), states, indices)
+            states = blank_states(self, rows.num_rows)
+        y, _ = mix_from(self, rows.by_row(of_mixer), *states)
         return self.out_proj(self.norm(y.to(hidden_states.dtype), gate))[0]
 
 

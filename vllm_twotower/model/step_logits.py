@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
 
 from vllm_twotower.kernels import row_statistics
 
@@ -30,7 +31,8 @@ class OutputHead:
 
     def __init__(self, weights: ParallelLMHead, processor: LogitsProcessor):
         self._weights, self._processor = weights, processor
-        self.is_sharded = weights.tp_size > 1
+        self.gives_best = weights.tp_size > 1 or not current_platform.is_cpu()
+        """Whether :meth:`best` costs less than whole rows: nothing is gathered, or there is a kernel for it."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """All logits (T, V) of hidden states (T, H), on every rank."""

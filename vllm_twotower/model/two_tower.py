@@ -31,7 +31,7 @@ from .step_logits import OutputHead, StepLogits, logit_rows_per_tile
 from .time_conditioning import TimeConditioning
 
 if TYPE_CHECKING:
-    from vllm_twotower.engine.pass_plan import AttentionInputs, ContextInputs, PassPlan
+    from vllm_twotower.engine.pass_plan import PassPlan
 
 
 class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
@@ -119,7 +119,6 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         """
         if plan is None:
             return self._profile(input_ids, positions)
-        get_forward_context().is_padding = None
         self._step_logits, hidden = self._run(plan)
         if plan.context is None or plan.context.prompt_tokens is None:
             return positions.new_empty((len(positions), 0))
@@ -132,22 +131,13 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     def _run(self, plan: PassPlan) -> tuple[StepLogits, Tensor | None]:
         """What the pass has logits for, and all hidden states (T, H) of the context tower if it runs."""
-        hidden = context = drafts = denoiser = None
-        if plan.context is not None:
-            hidden = self._read(plan.context)
-            if plan.context.logits_indices is not None:
-                context = hidden[plan.context.logits_indices]
-        if plan.drafts is not None:
-            drafts = self._read(plan.drafts)
-        if plan.canvas is not None:
-            _use(plan.canvas.attention)
-            denoiser = self.denoise(plan.canvas.input_ids, plan.canvas.rows, plan.canvas.time)
+        hidden, drafts, denoiser = (
+            None if run is None else run.run(self) for run in (plan.context, plan.drafts, plan.canvas)
+        )
+        context = None
+        if plan.context is not None and plan.context.logits_indices is not None:
+            context = hidden[plan.context.logits_indices]
         return self._logits(context, drafts, denoiser), hidden
-
-    def _read(self, inputs: ContextInputs) -> Tensor:
-        """A run of the context tower: hidden states (T, H)."""
-        _use(inputs.attention)
-        return self.context_tower(inputs.input_ids, inputs.rows.positions)
 
     def denoise(self, input_ids: Tensor, rows: CanvasRows, time: Tensor) -> Tensor:
         """One denoiser pass over canvas tokens (T,) at times (R,), in a forward context: hidden states (T, H)."""
@@ -158,6 +148,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         return StepLogits(context, drafts, denoiser, self.context_head, self.denoiser_head, self.logit_tile)
 
     def _profile(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        get_forward_context().is_padding = None
         self.context_tower(input_ids, positions)
         width = self.options.canvas_length
         rows = CanvasRows(-(-len(input_ids) // width), width)
@@ -193,9 +184,3 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         loaded = AutoWeightsLoader(self).load_weights(checked(), mapper=self.hf_to_vllm_mapper)
         check.finish()
         return loaded
-
-
-def _use(attention: AttentionInputs) -> None:
-    """Gives the layers of the run that comes next what they need."""
-    forward_context = get_forward_context()
-    forward_context.attn_metadata, forward_context.slot_mapping = attention.metadata, attention.slot_mapping
