@@ -8,7 +8,9 @@ Semantics: NVIDIA's released ``modeling_nemotron_twotower.py`` and the Mamba-2 p
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,15 @@ class MambaState:
 
 LayerState = AttentionState | MambaState | None
 """What a layer remembers of the past; MLP and MoE layers remember nothing."""
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries (B, L, heads, head_dim), keys and values (B, P + L, KV heads, head_dim) -> output, shaped as the queries."""
+
+BlockAttention = Callable[[Tensor, int, int], Attend]
+"""How N blocks of S tokens attend, from their starts (B, N), S and the length L of a sequence.
+
+The keys are those of the L tokens, then those of the N * S: block n sees the tokens before its start, and itself.
+"""
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -137,28 +148,45 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.attention_bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x: Tensor, past: AttentionState | None, mask: Tensor | None) -> tuple[Tensor, AttentionState]:
-        """x (B, L, H), ``past`` of P positions, mask (B or 1, L, P + L) of allowed pairs or None for all of them.
-
-        Returns the output (B, L, H) and the state with the new positions appended.
-        """
+    def forward(self, x: Tensor, past: AttentionState | None, attend: Attend) -> tuple[Tensor, AttentionState]:
+        """x (B, L, H), ``past`` of P positions: the output (B, L, H) and the state with the new positions appended."""
         keys = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         values = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         if past is not None:
             keys, values = torch.cat((past.keys, keys), 1), torch.cat((past.values, values), 1)
         queries = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
-        out = F.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            keys.repeat_interleave(self.heads // self.kv_heads, 2).transpose(1, 2),
-            values.repeat_interleave(self.heads // self.kv_heads, 2).transpose(1, 2),
-            attn_mask=None if mask is None else mask.unsqueeze(1),
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(-2)), AttentionState(keys, values)
+        return self.o_proj(attend(queries, keys, values).flatten(-2)), AttentionState(keys, values)
+
+
+def dense_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """An :data:`Attend` with a mask (B or 1, L, P + L) of allowed pairs, or None for all of them.
+
+    ``is_causal``, only without a past and a mask: position i sees positions up to i, in linear memory.
+    """
+    repeats = queries.shape[2] // keys.shape[2]
+    return F.scaled_dot_product_attention(
+        queries.transpose(1, 2),
+        keys.repeat_interleave(repeats, 2).transpose(1, 2),
+        values.repeat_interleave(repeats, 2).transpose(1, 2),
+        attn_mask=None if mask is None else mask.unsqueeze(1),
+        is_causal=is_causal,
+    ).transpose(1, 2)
 
 
 def causal_mask(length: int, past: int, device: torch.device) -> Tensor:
     """(1, length, past + length): position i sees the past and positions up to i."""
     return torch.ones(1, length, past + length, dtype=torch.bool, device=device).tril(past)
+
+
+def dense_blocks(block_starts: Tensor, width: int, length: int) -> Attend:
+    """A :data:`BlockAttention` with a mask of all pairs, whose memory grows with the square of the length."""
+    batch, blocks = block_starts.shape
+    before = torch.arange(length, device=block_starts.device) < block_starts[..., None]  # (B, N, L)
+    own = torch.eye(blocks, dtype=torch.bool, device=block_starts.device).expand(batch, -1, -1)
+    mask = torch.cat((before, own.repeat_interleave(width, 2)), 2).repeat_interleave(width, 1)
+    return partial(dense_attention, mask=mask)
 
 
 @dataclass

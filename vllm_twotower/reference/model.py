@@ -7,6 +7,7 @@ code generates (batch of one) and trains (batches of sequences, several blocks o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,14 +19,18 @@ from vllm_twotower.model.time_conditioning import TimestepEmbedder
 
 from .layers import (
     MLP,
+    Attend,
     Attention,
     AttentionState,
+    BlockAttention,
     LayerState,
     Mamba2,
     MambaTrace,
     MoE,
     RMSNorm,
     causal_mask,
+    dense_attention,
+    dense_blocks,
 )
 
 _MIXERS = {
@@ -70,17 +75,19 @@ class Tower(nn.Module):
         self.bidirectional_mamba = c.bidirectional_mamba
 
     def advance(
-        self, tokens: Tensor, past: list[LayerState] | None
+        self, tokens: Tensor, past: list[LayerState] | None, attend: Attend
     ) -> tuple[Tensor, list[AttentionState | MambaTrace | None]]:
-        """Runs causally over tokens (B, L) after ``past``: hidden states (B, L, H) and what each layer saw."""
+        """Runs over tokens (B, L) after ``past``: hidden states (B, L, H) and what each layer saw.
+
+        ``attend`` must be causal, as the Mamba layers are.
+        """
         x = self.embeddings(tokens)
         seen: list[AttentionState | MambaTrace | None] = []
         for i, layer in enumerate(self.layers):
             state, y = past[i] if past else None, layer.norm(x)
             trace = None
             if layer.kind == "*":
-                known = state.keys.shape[1] if state else 0
-                y, trace = layer.mixer(y, state, causal_mask(x.shape[1], known, x.device))
+                y, trace = layer.mixer(y, state, attend)
             elif layer.kind == "M":
                 y, trace = layer.mixer(y, state)
             else:
@@ -90,15 +97,15 @@ class Tower(nn.Module):
         return self.norm_f(x), seen
 
     def denoise(
-        self, canvas: Tensor, context: list[LayerState] | None, conditioning: Conditioning | None, mask: Tensor | None
+        self, canvas: Tensor, context: list[LayerState] | None, conditioning: Conditioning | None, attend: Attend
     ) -> Tensor:
         """Runs over the canvases (B, N, S), bidirectional within each; hidden states (B, N, S, H).
 
-        Attention sees the whole canvas. Mamba layers go from left to right; with ``bidirectional_mamba`` (an option of
-        Megatron's) they go both ways, back from a state of zeros, and the two outputs are averaged.
+        Attention sees what ``attend`` lets it. Mamba layers go from left to right; with ``bidirectional_mamba`` (an
+        option of Megatron's) they go both ways, back from a state of zeros, and the two outputs are averaged.
 
         ``context`` holds the context tower's keys and values (B, P, ...) and its Mamba states before every block
-        (B * N, ...); ``mask`` (B, N * S, P + N * S) or None says which positions a block may attend to.
+        (B * N, ...).
         """
         batch, blocks, _ = canvas.shape
         x = self.embeddings(canvas)
@@ -110,7 +117,7 @@ class Tower(nn.Module):
                 shift, scale, gate = (part.view(batch, blocks, 1, -1) for part in conditioning.layers[i])
                 y = layer.modulated_norm(x, shift, scale)
             if layer.kind == "*":
-                y = layer.mixer(y.flatten(1, 2), state, mask)[0]
+                y = layer.mixer(y.flatten(1, 2), state, attend)[0]
             elif layer.kind == "M":
                 rows = y.flatten(0, 1)
                 y = layer.mixer(rows, state)[0]
@@ -159,11 +166,17 @@ class TwoTowerModel(nn.Module):
 
     def context_logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits (B, L, V) of the context tower for tokens (B, L)."""
-        return self.context_lm_head(self.context_tower.advance(tokens, None)[0])
+        return self.context_lm_head(self._read(tokens)[0])
+
+    def _read(self, tokens: Tensor) -> tuple[Tensor, list[AttentionState | MambaTrace | None]]:
+        """The context tower over whole sequences; memory grows with their length, not with its square."""
+        return self.context_tower.advance(tokens, None, partial(dense_attention, is_causal=True))
 
     def advance_context(self, tokens: Tensor, past: list[LayerState] | None) -> tuple[Tensor, list[LayerState]]:
         """Commits tokens (B, L) after ``past``: context-head logits of the last one (B, V), and the new state."""
-        hidden, seen = self.context_tower.advance(tokens, past)
+        known = next((state.keys.shape[1] for state in past or () if isinstance(state, AttentionState)), 0)
+        mask = causal_mask(tokens.shape[1], known, tokens.device)
+        hidden, seen = self.context_tower.advance(tokens, past, partial(dense_attention, mask=mask))
         state = [
             layer.mixer.state_after(trace) if layer.kind == "M" else trace
             for layer, trace in zip(self.context_tower.layers, seen, strict=True)
@@ -178,10 +191,17 @@ class TwoTowerModel(nn.Module):
     def denoiser_logits(self, canvas: Tensor, context: list[LayerState] | None, t: Tensor | None) -> Tensor:
         """Logits (S, V) of one denoiser pass over a canvas (S,) after ``context``; t (1,), or None for no adaLN."""
         conditioning = None if t is None else self.conditioning(t)
-        return self.lm_head(self.denoiser_tower.denoise(canvas[None, None], context, conditioning, None))[0, 0]
+        hidden = self.denoiser_tower.denoise(canvas[None, None], context, conditioning, dense_attention)
+        return self.lm_head(hidden)[0, 0]
 
     def denoise_blocks(
-        self, tokens: Tensor, block_starts: Tensor, canvas: Tensor, t: Tensor, train_context: bool = False
+        self,
+        tokens: Tensor,
+        block_starts: Tensor,
+        canvas: Tensor,
+        t: Tensor,
+        train_context: bool = False,
+        attention: BlockAttention = dense_blocks,
     ) -> Tensor:
         """Denoiser logits (B, N, S, V) for N blocks of each sequence at once: the training forward.
 
@@ -189,17 +209,14 @@ class TwoTowerModel(nn.Module):
         position from 0 to L) and itself. The context tower runs without gradient (it is frozen) unless it is to be
         trained too.
 
-        Args: tokens (B, L) clean; block_starts (B, N); canvas (B, N, S) with masks; t (B, N).
+        Args: tokens (B, L) clean; block_starts (B, N); canvas (B, N, S) with masks; t (B, N); how blocks attend.
         """
-        batch, blocks, width = canvas.shape
         with torch.set_grad_enabled(train_context and torch.is_grad_enabled()):
-            _, seen = self.context_tower.advance(tokens, None)
+            _, seen = self._read(tokens)
             context: list[LayerState] = [
                 trace.state_before(block_starts, layer.mixer.history) if layer.kind == "M" else trace
                 for layer, trace in zip(self.context_tower.layers, seen, strict=True)
             ]
-        before = torch.arange(tokens.shape[1], device=tokens.device) < block_starts[..., None]  # (B, N, L)
-        own = torch.eye(blocks, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
-        mask = torch.cat((before, own.repeat_interleave(width, 2)), 2).repeat_interleave(width, 1)
-        hidden = self.denoiser_tower.denoise(canvas, context, self.conditioning(t.flatten()), mask)
+        attend = attention(block_starts, canvas.shape[2], tokens.shape[1])
+        hidden = self.denoiser_tower.denoise(canvas, context, self.conditioning(t.flatten()), attend)
         return self.lm_head(hidden)

@@ -41,19 +41,24 @@ def run_here(path: Path, only: list[str] | None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizer threads would compete with PyTorch's
     import torch
 
+    from vllm_twotower.training.attention import block_attention
     from vllm_twotower.training.config import TrainConfigError, load_config
-    from vllm_twotower.training.distributed import has_bf16, process_group, rank
+    from vllm_twotower.training.distributed import device, has_bf16, process_group, rank
     from vllm_twotower.training.stages import train
 
+    steps = only or STEPS
     try:
         config = load_config(path)
+        if "train" in steps:
+            if config.bf16_autocast and not has_bf16():
+                print(
+                    "bf16_autocast is true, but this device has no bf16 arithmetic: training in fp32", file=sys.stderr
+                )
+                config = replace(config, bf16_autocast=False)
+            block_attention(config, device())  # before the first stage, which does without
     except TrainConfigError as error:
         raise SystemExit(f"vllm-twotower train: {path}: {error}") from None
     torch.set_num_threads(config.threads)
-    steps = only or STEPS
-    if "train" in steps and config.bf16_autocast and not has_bf16():
-        print("bf16_autocast is true, but this device has no bf16 arithmetic: training in fp32", file=sys.stderr)
-        config = replace(config, bf16_autocast=False)
     if torch.cuda.is_available() and config.bf16_autocast:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     run_dir = Path(config.run_dir)

@@ -12,6 +12,8 @@ import yaml
 from vllm_twotower.architecture import TwoTowerConfig
 from vllm_twotower.training.problems import FAMILIES
 
+ATTENTIONS = ("dense", "flex", "xformers")
+
 
 class TrainConfigError(ValueError):
     """The training configuration has an unknown, missing or impossible value."""
@@ -177,8 +179,11 @@ class TrainConfig:
     ar: StageConfig | None = None
     init_from: str = ""
     data_workers: int = 0  # at most so many processes make batches ahead, one less than there are cores; for GPUs
+    attention: str = ""  # of the denoiser: one of ATTENTIONS; by default flex on GPUs and dense on CPUs
 
     def __post_init__(self) -> None:
+        if self.attention not in ("", *ATTENTIONS):
+            raise TrainConfigError(f"attention is {self.attention!r}: it must be one of {', '.join(ATTENTIONS)}")
         if self.init_from:
             if self.model or self.tokenizer:
                 raise TrainConfigError("with init_from, model and tokenizer come from that checkpoint: leave them out")

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_twotower.reference import TwoTowerModel
+from vllm_twotower.reference.layers import BlockAttention
 from vllm_twotower.training.config import DenoiserStageConfig
 from vllm_twotower.training.data import ARBatch, DenoiserBatch
 
@@ -20,10 +21,12 @@ def ar_loss(model: TwoTowerModel, batch: ARBatch) -> Tensor:
     return weighted_cross_entropy(logits, batch.targets, batch.weights, batch.total_weight)
 
 
-def denoiser_loss(model: TwoTowerModel, batch: DenoiserBatch, stage: DenoiserStageConfig) -> Tensor:
+def denoiser_loss(
+    model: TwoTowerModel, batch: DenoiserBatch, stage: DenoiserStageConfig, attention: BlockAttention
+) -> Tensor:
     """Loss of the denoiser at the masked positions, no weight 1/t; and the context tower's, if it has a weight."""
     logits = model.denoise_blocks(
-        batch.tokens, batch.block_starts, batch.canvas, batch.t, train_context=not stage.freeze_context
+        batch.tokens, batch.block_starts, batch.canvas, batch.t, not stage.freeze_context, attention
     )
     loss = weighted_cross_entropy(logits, batch.targets, batch.weights * batch.masked, batch.total_weight)
     if stage.context_ar_weight:

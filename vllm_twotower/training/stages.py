@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from vllm_twotower.reference import TwoTowerConfig, TwoTowerModel
+from vllm_twotower.training.attention import block_attention
 from vllm_twotower.training.config import TrainConfig
 from vllm_twotower.training.corpus import Corpus, prepare_corpus, source_texts
 from vllm_twotower.training.data import make_ar_batch, make_denoiser_batch, step_rng
@@ -122,6 +123,6 @@ def denoiser_stage(model: TwoTowerModel, config: TrainConfig, corpus: Corpus) ->
         make_batch=lambda step: make_denoiser_batch(
             step_rng(config.seed, DENOISER, step), stage, config.data, corpus, step
         ),
-        loss=partial(denoiser_loss, stage=stage),
+        loss=partial(denoiser_loss, stage=stage, attention=block_attention(config, device())),
         tokens_per_step=stage.batch_size * stage.blocks_per_sequence * config.data.block_size,
     )
