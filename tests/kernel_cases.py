@@ -55,25 +55,80 @@ def conv(
     )
 
 
-def scan(random: Random, rows: int, positions: int, heads: int, channels: int, groups: int, size: int) -> Calls:
+def scan(
+    random: Random,
+    rows: int,
+    positions: int,
+    heads: int,
+    channels: int,
+    groups: int,
+    size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Calls:
     """Views of what a convolution gives, and decays up to what would overflow one factor."""
-    mixed = random.normal(rows, positions, heads * channels + 2 * groups * size)
-    x, b, c = mixed.split([heads * channels, groups * size, groups * size], -1)
-    x, b, c = x.unflatten(-1, (heads, channels)), b.unflatten(-1, (groups, size)), c.unflatten(-1, (groups, size))
-    dt, a = random.normal(rows, positions, heads).exp(), -2 * random.normal(heads).exp()
+    x, dt, dt_bias, a, b, c = scanned(random, rows, positions, heads, channels, groups, size, dtype)
     states, indices, d = random.normal(5, heads, channels, size), random.below(5, rows), random.normal(heads)
+    arguments = (x, dt, dt_bias, a, b, c, d, states, indices)
     return (
-        lambda: (seeded_mamba_on_gpu.seeded_scan(x, dt, a, b, c, d, states, indices),),
-        lambda: (seeded_mamba.seeded_scan(x, dt, a, b, c, d, states, indices),),
+        lambda: (seeded_mamba_on_gpu.seeded_scan(*arguments),),
+        lambda: (seeded_mamba.seeded_scan(*arguments),),
     )
 
 
+def scanned(
+    random: Random, rows: int, positions: int, heads: int, channels: int, groups: int, size: int, dtype: torch.dtype
+) -> Results:
+    """x, dt, dt_bias, a, b and c."""
+    mixed = random.normal(rows, positions, heads * channels + 2 * groups * size)
+    x, b, c = mixed.split([heads * channels, groups * size, groups * size], -1)
+    x, b, c = x.unflatten(-1, (heads, channels)), b.unflatten(-1, (groups, size)), c.unflatten(-1, (groups, size))
+    # Of steps from 1e-9 to 30: as short as rounding allows, and beyond where softplus is the identity.
+    dt = (8 * random.normal(rows, positions, heads + 3, dtype=dtype))[..., :heads]
+    return x, dt, random.normal(heads, dtype=dtype), -2 * random.normal(heads).exp(), b, c
+
+
+def commit(
+    random: Random,
+    rows: int,
+    positions: int,
+    heads: int,
+    channels: int,
+    groups: int,
+    size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Calls:
+    """Rows of some positions, of none and of all; what is not read is NaN."""
+    x, dt, dt_bias, a, b, _ = scanned(random, rows, positions, heads, channels, groups, size, dtype)
+    xbc = random.normal(rows, positions, heads * channels + 5, dtype=dtype)[..., : heads * channels]
+    counts = random.below(positions + 1, rows)
+    counts[0], counts[-1] = 0, positions
+    conv_states = random.normal(rows + 2, heads * channels, 3, dtype=dtype).transpose(1, 2)
+    states, indices = random.normal(rows + 2, heads, channels, size), torch.arange(rows, device=x.device) + 1
+
+    def of(function: Callable[..., None]) -> Results:
+        of_conv, of_scan = conv_states.clone(memory_format=torch.preserve_format), states.clone()
+        function(xbc, x, dt, dt_bias, a, b, counts, of_conv, of_scan, indices)
+        return of_conv, of_scan
+
+    return lambda: of(seeded_mamba_on_gpu.commit_states), lambda: of(seeded_mamba.commit_states)
+
+
 def norm(
-    random: Random, rows: int, positions: int, channels: int, before: bool, dtype: torch.dtype = torch.float32
+    random: Random,
+    rows: int,
+    positions: int,
+    channels: int,
+    before: bool,
+    dtype: torch.dtype = torch.float32,
+    is_first: bool = False,
+    padding: bool = False,
 ) -> Calls:
     x, mixed = (random.normal(rows * positions, channels, dtype=dtype) for _ in range(2))
     shift, scale, gate = random.normal(rows, 3, channels, dtype=dtype).unbind(1)
-    arguments = (x, mixed, gate, shift, scale, random.normal(channels, dtype=dtype), 1e-5, before)
+    if is_first:
+        mixed = gate = None
+    is_padding = random.below(2, rows * positions) > 0 if padding else None
+    arguments = (x, mixed, gate, shift, scale, random.normal(channels, dtype=dtype), 1e-5, before, is_padding)
     return (
         lambda: modulated_norm_on_gpu.gated_residual_norm(*arguments),
         lambda: modulated_norm.gated_residual_norm(*arguments),
@@ -125,10 +180,19 @@ CASES: dict[str, list[tuple[Callable[..., Calls], dict[str, Any]]]] = {
         (scan, {"rows": 1, "positions": 9, "heads": 3, "channels": 8, "groups": 1, "size": 6}),
         (scan, {"rows": 2, "positions": 1, "heads": 4, "channels": 40, "groups": 2, "size": 24}),
         (scan, {"rows": 1, "positions": 16, **RELEASED}),
+        (scan, {"rows": 1, "positions": 16, **RELEASED, "dtype": BF16}),
+    ],
+    "commit": [
+        (commit, {"rows": 3, "positions": 16, "heads": 12, "channels": 32, "groups": 2, "size": 32}),
+        (commit, {"rows": 2, "positions": 9, "heads": 3, "channels": 8, "groups": 1, "size": 6}),
+        (commit, {"rows": 2, "positions": 1, "heads": 4, "channels": 40, "groups": 2, "size": 24}),
+        (commit, {"rows": 2, "positions": 16, **RELEASED}),
+        (commit, {"rows": 1, "positions": 16, **RELEASED, "dtype": BF16}),
     ],
     "norm": [
         (norm, {"rows": 3, "positions": 16, "channels": 192, "before": True}),
-        (norm, {"rows": 1, "positions": 9, "channels": 70, "before": False}),
+        (norm, {"rows": 1, "positions": 9, "channels": 70, "before": False, "is_first": True}),
+        (norm, {"rows": 3, "positions": 5, "channels": 70, "before": True, "padding": True}),
         (norm, {"rows": 2, "positions": 16, "channels": 2688, "before": False}),
         (norm, {"rows": 2, "positions": 16, "channels": 2688, "before": True, "dtype": BF16}),
     ],

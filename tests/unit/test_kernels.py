@@ -27,6 +27,7 @@ ARCHITECTURES = (80, 90, 100, 120)
 MODULES = {
     "conv": seeded_mamba,
     "scan": seeded_mamba,
+    "commit": seeded_mamba,
     "norm": modulated_norm,
     "statistics": vocabulary,
     "unmask": unmasking,
@@ -53,8 +54,9 @@ def errors() -> dict[str, list[float]]:
 @pytest.mark.parametrize("kernel", kernel_cases.CASES)
 def test_equals_torch(errors: dict[str, list[float]], kernel: str) -> None:
     for (_, arguments), error in zip(kernel_cases.CASES[kernel], errors[kernel], strict=True):
-        # Rounded three times, so that an ulp more or less grows.
-        assert error < (2e-2 if kernel == "norm" and "dtype" in arguments else 1e-5), arguments
+        # In bf16 an ulp more or less; states depend on differences of long sums.
+        rounding = 2e-2 if kernel in ("norm", "scan") and "dtype" in arguments else 1e-5
+        assert error < (1e-4 if kernel == "commit" else rounding), arguments
 
 
 class Launches:
@@ -106,10 +108,11 @@ def test_compiles_for_every_card(case: str, tmp_path: Path, monkeypatch: pytest.
     """At the released model's shapes, the last two of each kernel's cases."""
     module = MODULES[case]
     launches = [Launches(kernel) for kernel in kernels_of(module).values()]
-    for one in launches:
-        monkeypatch.setattr(module, one.kernel.fn.__name__, one)
-    for of_kernel, _ in list(kernel_cases.calls(case))[-2:]:
-        of_kernel()
+    with monkeypatch.context() as patch:
+        for one in launches:
+            patch.setattr(module, one.kernel.fn.__name__, one)
+        for of_kernel, _ in list(kernel_cases.calls(case))[-2:]:
+            of_kernel()
     used = [one for one in launches if one.seen]
     assert used
     for one in used:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vllm_twotower.kernels import advanced_state, seeded_conv, seeded_scan
+from vllm_twotower.kernels import commit_states, seeded_conv, seeded_scan
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
 
@@ -22,21 +22,29 @@ def test_scan_equals_the_recurrence(device: str, positions: int, groups: int) ->
     rows, heads, channels, state_size = 5, 8, 4, 6
     x, seed = rand(rows, positions, heads, channels), rand(rows, heads, channels, state_size)
     b, c = rand(rows, positions, groups, state_size), rand(rows, positions, groups, state_size)
-    dt, a, d = F.softplus(rand(rows, positions, heads)), -rand(heads).exp(), rand(heads)
+    raw, bias, a, d = rand(rows, positions, heads), rand(heads), -rand(heads).exp(), rand(heads)
     indices = torch.arange(rows, device=device)
-    y = seeded_scan(x, dt, a, b, c, d, seed.clone(), indices)
+    y = seeded_scan(x, raw, bias, a, b, c, d, seed, indices)
 
-    state = seed.clone()
+    xbc, before = rand(rows, positions, 7), rand(rows, 3, 7)
+
+    def committed(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states after so many positions."""
+        states, counts = (before.clone(), seed.clone()), torch.full((rows,), count, device=device)
+        commit_states(xbc, x, raw, bias, a, b, counts, *states, indices)
+        return states
+
+    state, dt = seed.clone(), F.softplus(raw + bias)
     for i in range(positions):
         b_i, c_i = (part[:, i].repeat_interleave(heads // groups, 1) for part in (b, c))
         decay = (dt[:, i] * a).exp()[..., None, None]
         state = decay * state + torch.einsum("rn,rnp,rns->rnps", dt[:, i], x[:, i], b_i)
         expected = torch.einsum("rnps,rns->rnp", state, c_i) + d[:, None] * x[:, i]
         torch.testing.assert_close(y[:, i], expected, atol=1e-4, rtol=1e-4)
-        is_read = torch.arange(positions, device=device) <= i
-        advanced = advanced_state(x, dt * is_read[:, None], a, b, seed)
+        conv, advanced = committed(i + 1)
         torch.testing.assert_close(advanced, state, atol=1e-4, rtol=1e-4)
-    assert torch.equal(advanced_state(x, torch.zeros_like(dt), a, b, seed), seed)
+        assert torch.equal(conv, torch.cat((before, xbc), 1)[:, i + 1 : i + 4])
+    assert all(map(torch.equal, committed(0), (before, seed)))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -46,7 +54,8 @@ def test_strong_decay_does_not_overflow(device: str) -> None:
     dt, a = torch.full((1, 16, 1), 20.0, device=device), torch.tensor([-30.0], device=device)
     one = torch.ones(1, 16, 1, 1, device=device)
     first, state = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1, 1, 1, 1), 1e3, device=device)
-    y = seeded_scan(x, dt, a, one, one, torch.zeros(1, device=device), state, first)
+    nothing = torch.zeros(1, device=device)
+    y = seeded_scan(x, dt, nothing, a, one, one, nothing, state, first)
     torch.testing.assert_close(y, torch.full_like(y, 20.0))
 
 

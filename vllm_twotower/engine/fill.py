@@ -84,9 +84,8 @@ class StepFill:
         """Adds the first of the tokens of rows (n,) that are new, up to one that ends its request."""
         decided = outcome[: len(batch_rows)].cpu().numpy()
         counts, ends = self._until_end(self._rows.slots[batch_rows], decided)
-        for row, count, of_row in zip(batch_rows, counts, decided[:, 2:], strict=True):
-            start = self._rows.num_new[row]
-            self.tokens[row, start : start + count] = of_row[:count]
+        row, column = np.nonzero(np.arange(decided.shape[1] - 2) < counts[:, None])
+        self.tokens[batch_rows[row], self._rows.num_new[batch_rows[row]] + column] = decided[row, 2 + column]
         self.is_finite[batch_rows] &= decided[:, 1].astype(bool)
         self._rows.add_tokens(batch_rows, counts, ends)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from . import seeded_mamba, unmasking, vocabulary
-from .seeded_mamba import advanced_state
+from . import modulated_norm, seeded_mamba, unmasking, vocabulary
 
 __all__ = [
-    "advanced_state",
+    "commit_states",
+    "gated_residual_norm",
     "most_confident",
     "row_statistics",
     "seeded_conv",
@@ -36,6 +36,8 @@ def _by_device(in_torch: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
+commit_states = _by_device(seeded_mamba.commit_states)
+gated_residual_norm = _by_device(modulated_norm.gated_residual_norm)
 most_confident = _by_device(unmasking.most_confident)
 row_statistics = _by_device(vocabulary.row_statistics)
 seeded_conv = _by_device(seeded_mamba.seeded_conv)

@@ -11,16 +11,31 @@ from vllm.ir.ops import rms_norm
 
 
 def gated_residual_norm(
-    x: Tensor, mixed: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, eps: float, before: bool
+    x: Tensor,
+    mixed: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    eps: float,
+    before: bool,
+    is_padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``x + gate * mixed``, and that as the next mixer gets it: RMSNorm, after the modulation or ``before`` it.
 
-    Args: x and mixed (T, H); gate, shift and scale (R, H), constant over a canvas; weight (H,).
+    Args: x and mixed (T, H), no mixed before the first mixer; gate, shift and scale (R, H), constant over a canvas;
+    weight (H,); is_padding (T,) bool, of tokens for which the next mixer gets what it gets for the first.
     Returns two (T, H) in x's dtype, rounded to it after each of the three operations.
     """
-    by_row = (len(gate), -1, x.shape[1])
-    gate, shift, scale = gate.unsqueeze(1), shift.unsqueeze(1), scale.unsqueeze(1)
-    x = torch.addcmul(x.view(by_row), gate, mixed.view(by_row))
+    x = x.view(len(shift), -1, x.shape[1])
+    if mixed is not None:
+        x = torch.addcmul(x, gate.unsqueeze(1), mixed.view(x.shape))
+    shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
     if before:
-        return x.view(mixed.shape), torch.addcmul(shift, rms_norm(x, weight, eps), scale).view(mixed.shape)
-    return x.view(mixed.shape), rms_norm(torch.addcmul(shift, x, scale), weight, eps).view(mixed.shape)
+        normed = torch.addcmul(shift, rms_norm(x, weight, eps), scale)
+    else:
+        normed = rms_norm(torch.addcmul(shift, x, scale), weight, eps)
+    x, normed = x.flatten(0, 1), normed.flatten(0, 1)
+    if is_padding is not None:
+        normed = torch.where(is_padding[:, None], normed[:1], normed)
+    return x, normed

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig
@@ -20,7 +19,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionBackend, Mamba2AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
-from vllm_twotower.kernels import advanced_state, seeded_conv, seeded_scan
+from vllm_twotower.kernels import commit_states, seeded_conv, seeded_scan
 
 from .moe_cpu import CpuMoE
 
@@ -52,8 +51,8 @@ class CommittedMambaBackend(Mamba2AttentionBackend):
 class Scanned:
     """What a scan from given states ran on, for R rows of S tokens: enough to write the state after any of them.
 
-    ``xbc`` (R, S, C) are the inputs of the convolution; ``x`` (R, S, n, p), ``dt`` (R, S, n) and ``b`` (R, S, g, s) are
-    fp32.
+    ``xbc`` (R, S, C) are the inputs of the convolution and ``dt`` (R, S, n) the time steps, as the input projection
+    gives them; ``x`` (R, S, n, p) and ``b`` (R, S, g, s) are fp32.
     """
 
     xbc: Tensor
@@ -79,7 +78,7 @@ def blank_states(mixer: MambaMixer2, num_rows: int) -> tuple[tuple[Tensor, Tenso
 def mix_from(
     mixer: MambaMixer2, projected: Tensor, states: tuple[Tensor, Tensor], indices: Tensor
 ) -> tuple[Tensor, Scanned]:
-    """Convolution and scan of R rows of S tokens from their states, in fp32: (R * S, n * p), and what it ran on.
+    """Convolution and scan of R rows of S tokens from their states: (R * S, n * p), and what it ran on.
 
     ``projected`` (R, S, C + n) are convolution inputs and time steps as the input projection gives them; ``states`` as
     of :func:`cached_states`, those of the rows at ``indices`` (R,).
@@ -89,14 +88,9 @@ def mix_from(
     mixed = seeded_conv(xbc, conv_states, indices, mixer.conv_weights, mixer.conv1d.bias)
     x, b, c = mixer.split_hidden_states_B_C_fn(mixed)
     groups = (mixer.n_groups // mixer.tp_size, mixer.ssm_state_size)
-    scanned = Scanned(
-        xbc,
-        x.unflatten(-1, (-1, mixer.head_dim)),
-        F.softplus(dt.float() + mixer.dt_bias.float()),
-        b.unflatten(-1, groups),
-    )
-    c, d = c.unflatten(-1, groups), mixer.D.float()
-    y = seeded_scan(scanned.x, scanned.dt, mixer.A, scanned.b, c, d, ssm_states, indices)
+    x, b, c = x.unflatten(-1, (-1, mixer.head_dim)), b.unflatten(-1, groups), c.unflatten(-1, groups)
+    scanned = Scanned(xbc, x, dt, b)
+    y = seeded_scan(x, dt, mixer.dt_bias, mixer.A, b, c, mixer.D, ssm_states, indices)
     return y.flatten(2).flatten(0, 1), scanned
 
 
@@ -146,16 +140,8 @@ class ContextMambaMixer(MambaMixer2):
 
     def commit(self, read: UncommittedRead, counts: Tensor) -> None:
         """Writes the states after the first ``counts`` (R,) tokens of the rows that it has read."""
-        scanned, index = read.scanned, read.state_indices
-        conv_states, ssm_states = cached_states(self)
-        tokens = torch.arange(scanned.dt.shape[1], device=counts.device)
-        dt = scanned.dt * (tokens < counts[:, None]).unsqueeze(-1)
-        state = advanced_state(scanned.x, dt, self.A, scanned.b, ssm_states[index].float())
-        ssm_states[index] = state.to(ssm_states.dtype)
-        inputs = torch.cat((conv_states[index].to(scanned.xbc.dtype), scanned.xbc), 1)
-        window = counts[:, None] + torch.arange(self.conv_kernel_size - 1, device=counts.device)
-        conv = inputs.gather(1, window.unsqueeze(-1).expand(-1, -1, inputs.shape[2]))
-        conv_states[index] = conv.to(conv_states.dtype)
+        kept, states = read.scanned, cached_states(self)
+        commit_states(kept.xbc, kept.x, kept.dt, self.dt_bias, self.A, kept.b, counts, *states, read.state_indices)
 
     def get_attn_backend(self) -> type[CommittedMambaBackend]:
         return CommittedMambaBackend
@@ -221,27 +207,8 @@ def moe_mixer(
     config: PretrainedConfig, quant_config: QuantizationConfig | None, parallel_config: ParallelConfig, prefix: str
 ) -> nn.Module:
     """vLLM's fused MoE, or on CPUs, where that knows no relu² experts, our own."""
-    moe_class = _PaddedCpuMoE if current_platform.is_cpu() else _PaddedMoE
+    moe_class = CpuMoE if current_platform.is_cpu() else NemotronHMoE
     return moe_class(config, quant_config=quant_config, parallel_config=parallel_config, prefix=prefix)
-
-
-class _SharedByPadding(nn.Module):
-    """Lets inert tokens go to the experts of the first token, so that no expert's weights are read for them."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(T, H) -> (T, H)."""
-        is_padding = get_forward_context().is_padding
-        if is_padding is not None:
-            hidden_states = torch.where(is_padding[:, None], hidden_states[:1], hidden_states)
-        return super().forward(hidden_states)
-
-
-class _PaddedMoE(_SharedByPadding, NemotronHMoE):
-    pass
-
-
-class _PaddedCpuMoE(_SharedByPadding, CpuMoE):
-    pass
 
 
 class _PreNormLayer(nn.Module):
@@ -260,7 +227,11 @@ class _PreNormLayer(nn.Module):
             residual, hidden_states = hidden_states, self.norm(hidden_states)
         else:
             hidden_states, residual = self.norm(hidden_states, residual)
-        return self.mixer(hidden_states), residual
+        return self.mix(hidden_states), residual
+
+    def mix(self, normed: Tensor) -> Tensor:
+        """(T, H) -> (T, H)."""
+        return self.mixer(normed)
 
 
 class ContextMambaLayer(_PreNormLayer):
@@ -274,10 +245,19 @@ class ContextMambaLayer(_PreNormLayer):
 
 
 class ContextMoELayer(_PreNormLayer):
-    """A MoE layer of the context tower; the arguments are those :class:`NemotronHModel` gives its layers."""
+    """A MoE layer of the context tower; the arguments are those :class:`NemotronHModel` gives its layers.
+
+    Inert tokens go to the experts of the first token, so that no expert's weights are read for them.
+    """
 
     def __init__(self, config, layer_idx, model_config, cache_config, quant_config, parallel_config, prefix):
         super().__init__(config, moe_mixer(config, quant_config, parallel_config, prefix=f"{prefix}.mixer"))
+
+    def mix(self, normed: Tensor) -> Tensor:
+        is_padding = get_forward_context().is_padding
+        if is_padding is not None:
+            normed = torch.where(is_padding[:, None], normed[:1], normed)
+        return self.mixer(normed)
 
 
 def context_tower(vllm_config: VllmConfig, prefix: str) -> NemotronHModel:

@@ -21,6 +21,7 @@ from vllm.model_executor.models.nemotron_h import NemotronHAttention, NemotronHM
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
 
+from vllm_twotower.kernels import gated_residual_norm
 from vllm_twotower.options import ATTENTION_BACKENDS, ATTENTION_REASON
 
 from .context import blank_states, cached_states, mamba_mixer, mix_from, moe_mixer
@@ -111,28 +112,35 @@ class DenoiserMambaMixer(MambaMixer2):
         else:
             states = blank_states(self, rows.num_rows)
         y, _ = mix_from(self, rows.by_row(of_mixer), *states)
-        return self.out_proj(self.norm(y.to(hidden_states.dtype), gate))[0]
+        return self.out_proj(self.norm(y, gate))[0]
 
 
 class _DenoiserLayer(nn.Module):
-    """``x + gate * mixer(modulated norm of x)``; mixers that mix positions are modulated before the norm."""
+    """``x + gate * mixer(modulated norm of x)``; mixers that mix positions are modulated before the norm.
 
-    mixes_positions: bool
+    The addition is left to the next layer, where one kernel does it with the norm.
+    """
+
+    mixes_positions = False
+    has_experts = False
 
     def __init__(self, config, mixer: nn.Module):
         super().__init__()
         self.mixer = mixer
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, rows: CanvasRows) -> Tensor:
-        """x (T, H) -> (T, H); shift, ``scale`` (1 + the learned one) and gate (R, 1, H) are those of the rows."""
-        if self.mixes_positions:
-            y = torch.addcmul(shift, rows.by_row(x), scale).view(x.shape)
-            y = self.mixer(self.norm(y), rows)
-        else:
-            y = torch.addcmul(shift, rows.by_row(self.norm(x)), scale).view(x.shape)
-            y = self.mixer(y)
-        return torch.addcmul(rows.by_row(x), gate, rows.by_row(y)).view(x.shape)
+    def forward(
+        self, x: Tensor, mixed: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, rows: CanvasRows
+    ) -> tuple[Tensor, Tensor]:
+        """x (T, H) and what the layer before has mixed -> both of this one.
+
+        ``shift`` and ``scale`` (1 + the learned one) (R, H) are this layer's, ``gate`` (R, H) is that before.
+        """
+        # So that no expert's weights are read for inert tokens.
+        is_padding = get_forward_context().is_padding if self.has_experts else None
+        norm, before = (self.norm.weight, self.norm.variance_epsilon), not self.mixes_positions
+        x, y = gated_residual_norm(x, mixed, gate, shift, scale, *norm, before, is_padding)
+        return x, self.mixer(y, rows) if self.mixes_positions else self.mixer(y)
 
 
 class DenoiserMambaLayer(_DenoiserLayer):
@@ -160,8 +168,6 @@ class DenoiserAttentionLayer(_DenoiserLayer):
 class DenoiserMLPLayer(_DenoiserLayer):
     """The arguments are those :class:`NemotronHModel` gives its layers."""
 
-    mixes_positions = False
-
     def __init__(self, config, layer_idx, model_config, cache_config, quant_config, parallel_config, prefix):
         mixer = NemotronHMLP(
             config,
@@ -177,7 +183,7 @@ class DenoiserMLPLayer(_DenoiserLayer):
 class DenoiserMoELayer(_DenoiserLayer):
     """The arguments are those :class:`NemotronHModel` gives its layers."""
 
-    mixes_positions = False
+    has_experts = True
 
     def __init__(self, config, layer_idx, model_config, cache_config, quant_config, parallel_config, prefix):
         super().__init__(config, moe_mixer(config, quant_config, parallel_config, prefix=f"{prefix}.mixer"))
@@ -203,9 +209,12 @@ class DenoiserTower(NemotronHModel):
 
         Args: input_ids (T,); shared (R, 3, H), the time conditioning of each row; tables, one (3, H) a layer.
         """
-        x = self.embed_input_ids(input_ids)
-        modulation = shared.unsqueeze(2) + torch.stack(tuple(tables))[:, None, :, None]  # (layers, R, 3, 1, H)
+        x, mixed, gate = self.embed_input_ids(input_ids), None, None
+        modulation = shared + torch.stack(tuple(tables))[:, None]  # (layers, R, 3, H)
         modulation[:, :, 1] += 1
         for layer, of_layer in zip(self.layers, modulation, strict=True):
-            x = layer(x, *of_layer.unbind(1), rows)
-        return self.norm_f(x)
+            shift, scale, next_gate = of_layer.unbind(1)
+            x, mixed = layer(x, mixed, gate, shift, scale, rows)
+            gate = next_gate
+        x = torch.addcmul(rows.by_row(x), gate.unsqueeze(1), rows.by_row(mixed))
+        return self.norm_f(x.flatten(0, 1))

@@ -1,4 +1,4 @@
-"""Convolution and scan of :mod:`vllm_twotower.kernels.seeded_mamba`: one launch each, states read where they lie."""
+"""The kernels of :mod:`vllm_twotower.kernels.seeded_mamba`, which read and write states where they lie."""
 
 from __future__ import annotations
 
@@ -79,10 +79,19 @@ def seeded_conv(xbc: Tensor, states: Tensor, indices: Tensor, weight: Tensor, bi
 
 
 @triton.jit
+def _softplus(x):
+    # log(1 + u) without the digits of u that 1 + u loses (Higham, Accuracy and Stability, section 1.14.1).
+    u = tl.exp(-tl.abs(x))
+    w = 1 + u
+    return tl.maximum(x, 0.0) + tl.where(w == 1, u, tl.log(w) * (u / (w - 1)))
+
+
+@triton.jit
 def _scan(
     out,
     x,
     dt,
+    dt_bias,
     a,
     b,
     c,
@@ -134,7 +143,8 @@ def _scan(
         scores = tl.dot(queries, tl.trans(keys), scores, input_precision="ieee")
         carried = tl.dot(queries, tl.trans(kept), carried, input_precision="ieee")
 
-    step = tl.load(dt + row * dt_row + position * dt_position + head, mask=is_position, other=0.0)
+    raw = tl.load(dt + row * dt_row + position * dt_position + head, mask=is_position, other=0.0).to(tl.float32)
+    step = tl.where(is_position, _softplus(raw + tl.load(dt_bias + head).to(tl.float32)), 0.0)
     log_decay = tl.cumsum(step * tl.load(a + head), 0)
     # Later positions would overflow: their decay is that of a negative time.
     age = tl.where(position[:, None] >= position[None, :], log_decay[:, None] - log_decay[None, :], float("-inf"))
@@ -143,18 +153,26 @@ def _scan(
     of_x = x + row * x_row + head * x_head + position[:, None] * x_position + channel[None, :]
     values = tl.load(of_x, mask=is_x, other=0.0)
     y = tl.dot(mixing, values, carried * tl.exp(log_decay)[:, None], input_precision="ieee")
-    y += values * tl.load(d + head)
+    y += values * tl.load(d + head).to(tl.float32)
     of_out = out + ((row * positions + position[:, None]) * HEADS + head) * channels + channel[None, :]
     tl.store(of_out, y, mask=is_x)
 
 
 def seeded_scan(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, states: Tensor, indices: Tensor
+    x: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    states: Tensor,
+    indices: Tensor,
 ) -> Tensor:
     """Selective scan from the states at ``indices``; the last dimensions are contiguous."""
     rows, positions, heads, channels = x.shape
     groups, size = b.shape[2:]
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    out = torch.empty(x.shape, dtype=dt.dtype, device=x.device)
     # tl.dot takes no less than sixteen of each; larger tiles than these spill registers.
     of_positions, of_channels, of_size = (max(16, triton.next_power_of_2(n)) for n in (positions, channels, size))
     channel_block, block = min(of_channels, CHANNEL_BLOCK), min(of_size, STATE_BLOCK)
@@ -162,6 +180,7 @@ def seeded_scan(
         out,
         x,
         dt,
+        dt_bias,
         a,
         b,
         c,
@@ -184,3 +203,139 @@ def seeded_scan(
         BLOCK=block,
     )
     return out
+
+
+@triton.jit
+def _advance(
+    x,
+    dt,
+    dt_bias,
+    a,
+    b,
+    counts,
+    states,
+    indices,
+    positions,
+    channels,
+    size,
+    x_row,
+    x_position,
+    x_head,
+    dt_row,
+    dt_position,
+    b_row,
+    b_position,
+    b_group,
+    state_slot,
+    state_head,
+    state_channel,
+    HEADS_PER_GROUP: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    position, channel = tl.arange(0, POSITIONS), tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    is_read, is_channel = position < tl.load(counts + row), channel < channels
+    raw = tl.load(dt + row * dt_row + position * dt_position + head, mask=is_read, other=0.0).to(tl.float32)
+    step = tl.where(is_read, _softplus(raw + tl.load(dt_bias + head).to(tl.float32)), 0.0)
+    log_decay = tl.cumsum(step * tl.load(a + head), 0)
+    total = tl.sum(step * tl.load(a + head))
+    of_x = x + row * x_row + head * x_head + position[:, None] * x_position + channel[None, :]
+    values = tl.load(of_x, mask=is_read[:, None] & is_channel[None, :], other=0.0)
+    values *= (tl.exp(total - log_decay) * step)[:, None]
+    of_b = b + row * b_row + head // HEADS_PER_GROUP * b_group + position[:, None] * b_position
+    state = (
+        states + tl.load(indices + row).to(tl.int64) * state_slot + head * state_head + channel[:, None] * state_channel
+    )
+    for start in tl.static_range(0, SIZE, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        is_entry = entry < size
+        is_state = is_channel[:, None] & is_entry[None, :]
+        keys = tl.load(of_b + entry[None, :], mask=is_read[:, None] & is_entry[None, :], other=0.0)
+        kept = tl.load(state + entry[None, :], mask=is_state, other=0.0).to(tl.float32) * tl.exp(total)
+        tl.store(state + entry[None, :], tl.dot(tl.trans(values), keys, kept, input_precision="ieee"), mask=is_state)
+
+
+@triton.jit
+def _shift(
+    fresh,
+    counts,
+    states,
+    indices,
+    channels,
+    fresh_row,
+    fresh_position,
+    state_slot,
+    state_tap,
+    state_channel,
+    KEPT: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tap = tl.arange(0, TAPS)[:, None]
+    is_kept = (tap < KEPT) & (channel < channels)
+    taken = tl.load(counts + row) + tap
+    state = states + tl.load(indices + row).to(tl.int64) * state_slot + channel * state_channel
+    old = tl.load(state + taken * state_tap, mask=is_kept & (taken < KEPT), other=0.0)
+    here = fresh + row * fresh_row + (taken - KEPT) * fresh_position + channel
+    new = tl.load(here, mask=is_kept & (taken >= KEPT), other=0.0)
+    tl.debug_barrier()  # no thread writes what another has yet to read
+    tl.store(state + tap * state_tap, tl.where(taken < KEPT, old, new.to(old.dtype)), mask=is_kept)
+
+
+def commit_states(
+    xbc: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    a: Tensor,
+    b: Tensor,
+    counts: Tensor,
+    conv_states: Tensor,
+    states: Tensor,
+    indices: Tensor,
+) -> None:
+    """The states at ``indices`` after the first ``counts`` positions; the last dimensions are contiguous."""
+    rows, positions, heads, channels = x.shape
+    groups, size = b.shape[2:]
+    of_positions, of_channels, of_size = (max(16, triton.next_power_of_2(n)) for n in (positions, channels, size))
+    channel_block, block = min(of_channels, CHANNEL_BLOCK), min(of_size, STATE_BLOCK)
+    _advance[rows, heads, triton.cdiv(channels, channel_block)](
+        x,
+        dt,
+        dt_bias,
+        a,
+        b,
+        counts,
+        states,
+        indices,
+        positions,
+        channels,
+        size,
+        *x.stride()[:3],
+        *dt.stride()[:2],
+        *b.stride()[:3],
+        *states.stride()[:3],
+        HEADS_PER_GROUP=heads // groups,
+        POSITIONS=of_positions,
+        CHANNELS=channel_block,
+        SIZE=of_size,
+        BLOCK=block,
+    )
+    kept, conv_block = conv_states.shape[1], 64
+    _shift[rows, triton.cdiv(xbc.shape[2], conv_block)](
+        xbc,
+        counts,
+        conv_states,
+        indices,
+        xbc.shape[2],
+        *xbc.stride()[:2],
+        *conv_states.stride(),
+        KEPT=kept,
+        TAPS=triton.next_power_of_2(kept),
+        BLOCK=conv_block,
+    )
