@@ -51,7 +51,7 @@ STAGES = (
     Stage("goldens", 120, "NVIDIA's tokens in fp32, without and with CUDA graphs"),
     Stage("options", 60, "random options against the plain model", {"VLLM_GPU_SYNC_CHECK": "warn"}),
     Stage("passes", 150, "passes at the released layers' widths, bf16"),
-    Stage("nemotron-h", 90, "vLLM's own Nemotron-H of these widths"),
+    Stage("nemotron-h", 120, "vLLM's own Nemotron-H of these widths"),
     Stage("kernel-times", 60, "a denoiser pass over 64 rows by kernel"),
     Stage("fp8", 60, "weights quantised to fp8_per_channel"),
     Stage("graph-memory", 60, "memory of CUDA graphs"),

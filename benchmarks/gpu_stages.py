@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ from vllm_twotower.planning.released import RELEASED_CONFIG  # noqa: E402
 LAYERS = "MEM*E"
 """Of each tower: as many Mamba and MoE layers, and attention, in the released model's proportions as five can have."""
 
+SHARED = {"gpu_memory_utilization": 0.1}
+"""The share of the memory that must be free at an engine's start: torch may still hold that of the one before."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -56,7 +60,7 @@ class Setting:
     dtype: str = "bfloat16"
     rows: tuple[int, ...] = (1, 8, 64)
     context: int = 256
-    options: dict[str, Any] = field(default_factory=lambda: {"kv_cache_memory_bytes": 4 << 30})
+    options: dict[str, Any] = field(default_factory=lambda: {"kv_cache_memory_bytes": 4 << 30, **SHARED})
     memory_share: float = 0.8
 
 
@@ -152,7 +156,7 @@ def goldens(setting: Setting, rows: Rows) -> None:
         params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args={"diffusion_mode": "ar"})
         wanted = [run.tokens for run in runs] + [tuple(prompt["ar"]["new_ids"]) for prompt in prompts]
         for graphs, options in (("eager", {"enforce_eager": True}), ("default", {})):
-            with running_engine(golden_data.checkpoint(name), **options) as llm:
+            with running_engine(golden_data.checkpoint(name), **SHARED, **options) as llm:
                 got = run_all(llm, runs)
                 got += tokens_of(generate(llm, [prompt["ids"] for prompt in prompts], [params] * len(prompts)))
             equal = sum(mine == its for mine, its in zip(got, wanted, strict=True))
@@ -172,7 +176,7 @@ def options(setting: Setting, rows: Rows, count: int = 32) -> None:
     requests = [draw_request(rng) for _ in range(count)]
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        with running_engine(golden_data.checkpoint("A"), max_num_seqs=count) as llm:
+        with running_engine(golden_data.checkpoint("A"), max_num_seqs=count, **SHARED) as llm:
             tokenizer = llm.get_tokenizer()
             outputs = generate(
                 llm, [request.prompt for request in requests], [request.params() for request in requests]
@@ -204,24 +208,31 @@ def passes(setting: Setting, rows: Rows) -> None:
     """The passes of five layers with random weights: by number of rows, eager and by default, by FlashAttention."""
     rate = bandwidth(setting)
     floors: dict[tuple[str, int], float] = {}
-    default = flash_attention_versions()
     variants: list[tuple[str, dict[str, Any], bool]] = [
         ("eager", {"enforce_eager": True}, False),
         ("default", {}, False),
     ]
-    if {3, 4} <= default:
+    if {3, 4} <= flash_attention_versions():
         variants.append(("default, without FlashAttention 4", {}, True))
     for name, engine_options, hides_newest in variants:
-        with hidden_flash_attention_4(hides_newest), five_layers(setting, **engine_options) as llm:
-            described = f"{name}, {attention_of(runner(llm).model)}"
-            for num_rows in setting.rows:
-                if name == "eager":
-                    floors |= weight_seconds(setting, llm, num_rows, rate)
-                pass_times.passes(llm, num_rows, setting.context, pass_times.seconds, blocks=3)  # warm up
-                add_times(setting, rows, llm, num_rows, described, floors)
-            counted = pass_times.passes(llm, 1, setting.context, pass_times.launches, blocks=3)
-            for kind in "DCA":
-                rows.add(f"launches of {kind}, 1 row, {described}", getattr(counted, kind))
+        with hidden_flash_attention_4(hides_newest):
+            add_passes(setting, rows, name, engine_options, floors, rate)
+
+
+def add_passes(
+    setting: Setting, rows: Rows, name: str, options: dict[str, Any], floors: dict[tuple[str, int], float], rate: float
+) -> None:
+    """Adds times and launches of the passes of an engine; an eager one says what ``floors`` are."""
+    with five_layers(setting, **options) as llm:
+        described = f"{name}, {attention_of(runner(llm).get_model())}"
+        for num_rows in setting.rows:
+            if options.get("enforce_eager"):
+                floors |= weight_seconds(setting, llm, num_rows, rate)
+            pass_times.passes(llm, num_rows, setting.context, pass_times.seconds, blocks=3)  # warm up
+            add_times(setting, rows, llm, num_rows, described, floors)
+        counted = pass_times.passes(llm, 1, setting.context, pass_times.launches, blocks=3)
+        for kind in "DCA":
+            rows.add(f"launches of {kind}, 1 row, {described}", getattr(counted, kind))
 
 
 def add_times(
@@ -247,9 +258,9 @@ def weight_seconds(setting: Setting, llm: Any, num_rows: int, rate: float) -> di
     element = getattr(torch, setting.dtype).itemsize
     size = ModelSize.of(config, 1, element, element, 4)
     tokens = num_rows * config.canvas_length
-    with pass_times.routed(runner(llm).model, config.num_experts_per_tok) as of_ar:
+    with pass_times.routed(runner(llm).get_model(), config.num_experts_per_tok) as of_ar:
         pass_times.run(llm, num_rows, setting.context, "ar", 1, pass_times.seconds, blocks=4)
-    with pass_times.routed(runner(llm).model, config.num_experts_per_tok) as of_diffusion:
+    with pass_times.routed(runner(llm).get_model(), config.num_experts_per_tok) as of_diffusion:
         pass_times.run(llm, num_rows, setting.context, "mask_diffusion", 1, pass_times.seconds, blocks=2)
     experts = {
         "A": of_ar["context_tower", num_rows],
@@ -272,17 +283,29 @@ def nemotron_h(setting: Setting, rows: Rows) -> None:
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
-    with five_layers(setting, architecture="NemotronHForCausalLM") as llm:
-        [prompt] = pass_times.prompts_of(1, setting.context, setting.config["vocab_size"])
-        for _ in range(2):
-            steps = pass_times.drive(llm, [prompt], params, pass_times.seconds)
-        of_vllm = sum(steps.figures) / params.max_tokens
-    with five_layers(setting) as llm:
-        for per_step in (1, PASSES):
-            for _ in range(2):
-                steps = pass_times.run(llm, 1, setting.context, "ar", per_step, pass_times.seconds, blocks=8)
-            figures = steps.usual / per_step * 1e3, "ms", "vLLM's Nemotron-H", of_vllm * 1e3
-            rows.add(f"a token of one request, mode ar, {per_step} a step", *figures)
+
+    def of_vllm(llm: Any) -> float:
+        steps = pass_times.drive(llm, prompts, params, pass_times.seconds)
+        return sum(steps.figures) / params.max_tokens
+
+    def of_two_tower(llm: Any) -> dict[int, float]:
+        def usual(per_step: int) -> float:
+            return pass_times.run(llm, 1, setting.context, "ar", per_step, pass_times.seconds, blocks=8).usual
+
+        return {per_step: second_of(usual, per_step) / per_step for per_step in (1, PASSES)}
+
+    prompts = pass_times.prompts_of(1, setting.context, setting.config["vocab_size"])
+    theirs = in_engine(setting, lambda llm: second_of(of_vllm, llm), architecture="NemotronHForCausalLM")
+    rows.add("a token of one request, vLLM's Nemotron-H", theirs * 1e3, "ms")
+    for per_step, ours in in_engine(setting, of_two_tower).items():
+        what = f"a token of one request, mode ar, {per_step} a step"
+        rows.add(what, ours * 1e3, "ms", "vLLM's Nemotron-H", theirs * 1e3)
+
+
+def second_of(function: Callable[[Any], float], argument: Any) -> float:
+    """The result of a second call, when everything is compiled."""
+    function(argument)
+    return function(argument)
 
 
 def kernel_times(setting: Setting, rows: Rows, most: int = 15) -> None:
@@ -307,17 +330,23 @@ def kernel_times(setting: Setting, rows: Rows, most: int = 15) -> None:
 
 def device_time(event: Any) -> float:
     """Microseconds of a kernel, 0 for what the profiler has of the host."""
-    is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
+    is_kernel = event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     return event.self_device_time_total if is_kernel else 0.0
 
 
 def fp8(setting: Setting, rows: Rows) -> None:
-    """Weights that are quantised while they are loaded: memory, and the passes of one row."""
+    """Weights that are quantised while they are loaded: memory, and the passes of one row.
+
+    Of both kinds vLLM's dummy weights, which route all tokens to much the same experts.
+    """
+
+    def measure(name: str, llm: Any) -> None:
+        rows.add(f"memory of {name}", runner(llm).model_memory_usage / 1e9, "GB")
+        pass_times.passes(llm, 1, setting.context, pass_times.seconds, blocks=3)  # warm up
+        add_times(setting, rows, llm, 1, name, {})
+
     for name, quantization in (("bf16", {}), ("fp8_per_channel", {"quantization": "fp8_per_channel"})):
-        with five_layers(setting, **quantization) as llm:
-            rows.add(f"weights, {name}", runner(llm).model_memory_usage / 1e9, "GB")
-            pass_times.passes(llm, 1, setting.context, pass_times.seconds, blocks=3)  # warm up
-            add_times(setting, rows, llm, 1, name, {})
+        in_engine(setting, partial(measure, f"dummy weights in {name}"), is_random=False, **quantization)
 
 
 def graph_memory(setting: Setting, rows: Rows) -> None:
@@ -337,8 +366,10 @@ def graph_memory(setting: Setting, rows: Rows) -> None:
 
 
 @contextmanager
-def five_layers(setting: Setting, architecture: str | None = None, **options: Any) -> Iterator[Any]:
-    """An engine of the setting's layers with random weights, which no file is read for."""
+def five_layers(
+    setting: Setting, architecture: str | None = None, is_random: bool = True, **options: Any
+) -> Iterator[Any]:
+    """An engine of the setting's layers with random weights, or vLLM's dummy ones; no file is read for them."""
     config = setting.config | ({"architectures": [architecture]} if architecture else {})
     most = max(setting.rows)
     with tempfile.TemporaryDirectory() as folder:
@@ -352,9 +383,15 @@ def five_layers(setting: Setting, architecture: str | None = None, **options: An
             **setting.options,
         }
         with running_engine(Path(folder), **(settings | options)) as llm:
-            if "quantization" not in options:
-                pass_times.randomise(runner(llm).model)
+            if is_random:
+                pass_times.randomise(runner(llm).get_model())
             yield llm
+
+
+def in_engine(setting: Setting, function: Callable[[Any], Any], **options: Any) -> Any:
+    """What a function gives for an engine of five layers, of which nothing is left then, on the device either."""
+    with five_layers(setting, **options) as llm:
+        return function(llm)
 
 
 def flash_attention_versions() -> set[int]:
