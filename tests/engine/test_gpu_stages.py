@@ -12,12 +12,15 @@ from unittest import mock
 import golden_data
 import pytest
 from engines import runner, running_engine
+from vllm.platforms import current_platform
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu  # noqa: E402
 import gpu_stages  # noqa: E402
 import pass_times  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="looks into vLLM's layers as they are on a CPU")
 
 NARROW = gpu_stages.Setting().config | {
     "hidden_size": 64,
