@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 USABLE_MEMORY = 0.9
-"""Share of a GPU's memory for weights and caches, vLLM's default of --gpu-memory-utilization."""
+"""Share of a GPU's memory for weights and caches; vLLM's default of --gpu-memory-utilization is 0.92."""
 
 
 def _positive(kind: type, what: str) -> Callable[[str], Any]:
