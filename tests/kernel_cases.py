@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 if __name__ == "__main__":
@@ -154,6 +155,22 @@ def statistics(random: Random, rows: int, size: int, never: int | None, dtype: t
     return lambda: of(vocabulary_on_gpu.row_statistics), lambda: of(vocabulary.row_statistics)
 
 
+def draw(random: Random, rows: int, size: int, never: int | None, dtype: torch.dtype = torch.float32) -> Calls:
+    """Targets from none of the mass to nearly all of it; a token that never is would have most of it."""
+    logits = 2 * random.normal(rows, size, dtype=dtype)
+    temperature, largest = (random.below(20, rows) + 1) / 10, logits.float().amax(1)
+    if never is not None:
+        logits[:, never] = 50
+
+    def of(module: ModuleType) -> Results:
+        parts = module.masses(logits, largest, temperature, never)
+        total = parts.sum(1)
+        target = total * torch.linspace(0, 1 - 1e-9, rows, dtype=torch.float64, device=total.device)
+        return total.float(), *module.drawn(logits, parts, largest, temperature, target, never)
+
+    return lambda: of(vocabulary_on_gpu), lambda: of(vocabulary)
+
+
 def unmask(random: Random, rows: int, positions: int) -> Calls:
     """Few values, so that many are equal; among the rows whole ones, and some in their last pass."""
     confidence = random.below(8, rows, positions) / 8
@@ -201,6 +218,12 @@ CASES: dict[str, list[tuple[Callable[..., Calls], dict[str, Any]]]] = {
         (statistics, {"rows": 3, "size": 4097, "never": None}),
         (statistics, {"rows": 4, "size": 131072, "never": 131071}),
         (statistics, {"rows": 3, "size": 9001, "never": 0, "dtype": BF16}),
+    ],
+    "draw": [
+        (draw, {"rows": 5, "size": 320, "never": 3}),
+        (draw, {"rows": 1, "size": 4097, "never": None}),
+        (draw, {"rows": 12, "size": 131072, "never": 131071}),
+        (draw, {"rows": 7, "size": 9001, "never": 0, "dtype": BF16}),
     ],
     "unmask": [
         (unmask, {"rows": 40, "positions": 16}),

@@ -58,6 +58,8 @@ class StandInCuda:
         self.state = self.runner.model_state
         self.layers = self.runner.compilation_config.static_forward_context
         canvas = self.state.options.canvas_length
+        for head in (self.state.model.context_head, self.state.model.denoiser_head):
+            head.chooses = True  # as on GPUs
         compilation = self.runner.compilation_config
         compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
         compilation.cudagraph_capture_sizes = [canvas * count for count in row_counts]
@@ -75,6 +77,7 @@ class StandInCuda:
             *vars(table.options).values(),
             table.canvas,
             table.step,
+            table.is_draft,
             planner._buffers._host,
             worker.cudagraph_manager._outcomes,
             worker.req_states.all_token_ids.gpu,

@@ -71,15 +71,16 @@ class Comparison:
 
 
 def draw_requests(rng: random.Random) -> list[list[tuple[list[int], SamplingParams]]]:
-    """Batches of greedy requests: blocks that are filled in step, token by token, and all sorts together.
+    """Batches of requests, many of them greedy: blocks that are filled in step, token by token, and all sorts together.
 
     Prompts share beginnings, so that pages are found.
     """
-    shared = rng.choices(range(4, 300), k=80)
+    shared, temperatures = rng.choices(range(4, 300), k=80), random.Random(1)
 
     def draw_one(max_tokens: int, **options: Any) -> tuple[list[int], SamplingParams]:
         prompt = draw_prompt(rng) if rng.random() < 0.6 else shared[: rng.choice((40, 64, 70, 80))]
-        return prompt, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args=options)
+        draws = {"temperature": temperatures.choice((0, 0, 0.1, 1.0)), "seed": len(prompt)}
+        return prompt, SamplingParams(**draws, max_tokens=max_tokens, ignore_eos=True, extra_args=options)
 
     batches = []
     for size in (7, 4, 2, 1):
@@ -142,7 +143,7 @@ def test_why_rows_run_without_a_graph() -> None:
 
     requests = {
         "mixed": [params(max_tokens=1, extra_args={"diffusion_mode": "ar"})],  # nothing but its prompt
-        "options": [params(temperature=1.0), params(extra_args={"diffusion_strategy": "posterior"})],
+        "options": [params(temperature=1.0, top_k=9), params(extra_args={"diffusion_strategy": "posterior"})],
         "rows": [params()] * 4,
     }
     prompt = list(range(4, 40))

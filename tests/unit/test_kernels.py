@@ -30,9 +30,11 @@ MODULES = {
     "commit": seeded_mamba,
     "norm": modulated_norm,
     "statistics": vocabulary,
+    "draw": vocabulary,
     "unmask": unmasking,
 }
 TYPES = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",

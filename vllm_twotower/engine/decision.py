@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm.config import ModelConfig
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
-from vllm_twotower.model.step_logits import OutputHead
+from vllm_twotower.model.step_logits import Draw, OutputHead
 from vllm_twotower.sampling.prediction import draw, margin, probability, temper_and_filter
 from vllm_twotower.sampling.row_options import RowOptions
 from vllm_twotower.sampling.uniform import uniform
@@ -59,7 +59,7 @@ class Decision:
     ) -> Iterator[tuple[Targets, Prediction]]:
         """Predictions from hidden states (T, H), a tile of at most so many rows of logits at a time.
 
-        ``needs`` are fields of :class:`Prediction` to be computed. Where the head gives the best tokens, only targets
+        ``needs`` are fields of :class:`Prediction` to be computed. Where the head chooses tokens itself, only targets
         that need whole rows of logits have them.
         """
         for index, whole_rows in self._tiles(targets, head, tile):
@@ -70,12 +70,12 @@ class Decision:
             if whole_rows:
                 yield part, self._from_logits(part, head(of_part).float(), needs)
             else:
-                best = head.best(of_part, part.never)
-                energy = best.confidence.log() if "energy" in needs else None
-                yield part, Prediction(best.tokens, best.confidence.isfinite(), best.confidence, energy=energy)
+                chosen = head.choose(of_part, part.never, self._draws(part))
+                energy = chosen.confidence.log() if "energy" in needs else None
+                yield part, Prediction(chosen.tokens, chosen.confidence.isfinite(), chosen.confidence, energy=energy)
 
     def needs_logits(self, slots: np.ndarray) -> np.ndarray:
-        """Which of the requests in slots (n,) are not greedy and plain; those with a grammar are not told."""
+        """Which of the requests in slots (n,) need whole rows of logits; grammars are not known here."""
         return self._table.needs_logits(slots) | self.processors.applies[slots]
 
     def record(self, targets: Targets, predicted: Prediction, committed: Tensor) -> None:
@@ -88,13 +88,20 @@ class Decision:
         slots, together = targets.host_slots, targets.rows_together
         size = max(1, tile // (targets.rows.width * together)) * together
         whole = np.arange(len(slots))
-        if head.gives_best:
+        if head.chooses:
             needs_logits = self.needs_logits(slots) | targets.has_grammar
             if len(index := np.flatnonzero(~needs_logits)):
                 yield index, False
             whole = np.flatnonzero(needs_logits)
         for start in range(0, len(whole), size):
             yield whole[start : start + size], True
+
+    def _draws(self, targets: Targets) -> Draw | None:
+        """How the targets draw that have a temperature, if any have."""
+        if not self._table.is_random[targets.host_slots].any():
+            return None
+        options = targets.options.rows(targets.row)
+        return Draw(options.temperature, uniform(options.seed, *targets.counters(targets.row, targets.column)))
 
     def _from_logits(self, targets: Targets, logits: Tensor, needs: frozenset[str]) -> Prediction:
         """From fp32 logits (T, V), which are changed."""

@@ -29,7 +29,8 @@ _COLUMN_TYPES = {
 class RequestTable:
     """Per-request state, a row for each slot that vLLM's ``RequestState`` hands out, and one for no request.
 
-    NumPy arrays hold what decides which rows a step runs; tensors on ``device`` hold what tokens are chosen with.
+    NumPy arrays hold what decides which rows a step runs; tensors on ``device`` hold what tokens are chosen with, and
+    whether a request's blocks are drafts.
     ``read`` counts the tokens that the context tower has read of a request. ``stops`` are the tokens that end it.
     Rows that fill up a pass have the slot ``no_request``.
     """
@@ -56,8 +57,11 @@ class RequestTable:
         self.is_filtered = np.zeros(num_slots, dtype=bool)
         self.scores_prompt = np.zeros(num_slots, dtype=bool)
         self.strategy = np.zeros(num_slots, dtype=np.int64)
+        # What a captured pass does depends on no request.
+        self.is_random[self.no_request] = self.verifies[self.no_request] = True
         self.clear()
 
+        self.is_draft = torch.zeros(num_slots, dtype=torch.bool, device=device)
         shape = (num_slots, engine.canvas_length)
         self.canvas = torch.full(shape, engine.mask_token_id, dtype=torch.int64, device=device)
         self.step = torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -74,10 +78,13 @@ class RequestTable:
         self.logprobs = LogprobTable(len(self.width), self.engine.canvas_length, self.vocab_size, self.device)
 
     def needs_logits(self, slots: np.ndarray) -> np.ndarray:
-        """Which of the requests (n,) need whole rows of logits: all that are not greedy and plain."""
-        of_strategy = np.array(["margin" in strategy.needs for strategy in self.strategies])
-        needs = self.is_random[slots] | self.rules.has_rules[slots] | self.logprobs.has_logprobs[slots]
-        return needs | of_strategy[self.strategy[slots]]
+        """Which of the requests (n,) need whole rows of logits: those of which more than a temperature is asked."""
+        has_margin, has_energy = (
+            np.array([name in strategy.needs for strategy in self.strategies])[self.strategy[slots]]
+            for name in ("margin", "energy")
+        )
+        asks = self.is_filtered[slots] | self.rules.has_rules[slots] | self.logprobs.has_logprobs[slots]
+        return asks | has_margin | (has_energy & self.is_random[slots])
 
     def add(self, slot: int, request_id: str, params: SamplingParams) -> None:
         """Starts a request in ``slot``, new or resumed, with an empty canvas.
@@ -89,7 +96,7 @@ class RequestTable:
         self.width[slot] = options.canvas_length
         self.is_ar[slot] = options.mode == "ar"
         self.is_auto[slot] = options.mode == "auto"
-        self.verifies[slot] = options.verifies
+        self.verifies[slot] = self.is_draft[slot] = options.verifies
         self.starts_with_ar[slot] = self.is_auto[slot] and params.extra_args.get(FIRST_MODE) == "ar"
         self.has_grammar[slot] = params.structured_outputs is not None
         self.stops[slot] = frozenset({params.eos_token_id, *(params.stop_token_ids or ())} - {None})

@@ -54,15 +54,15 @@ class Targets:
         """(T,): each position's place in its row."""
         return np.tile(np.arange(self.rows.width), len(self))
 
-    @cached_property
+    @property
     def row(self) -> Tensor:
-        """``host_row`` on the device."""
-        return self.on_device(self.host_row)
+        """(T,) on the device: the row each position belongs to, of the rows too that fill up a bucket."""
+        return self.rows.row
 
     @cached_property
     def column(self) -> Tensor:
-        """``host_column`` on the device."""
-        return self.on_device(self.host_column)
+        """(T,) on the device: each position's place in its row."""
+        return torch.arange(self.rows.width, device=self.slots.device).repeat(len(self.rows))
 
     def positions_of(self, index: np.ndarray) -> np.ndarray:
         """Where the positions of some rows (n,) lie among all, row after row: (n * S,)."""
@@ -211,8 +211,8 @@ class Canvases(Targets):
         starts, step = self.starts[row], self.step[row]
         if self.is_returned.all():
             return starts, step, column
-        is_returned = self.on_device(self.is_returned)[row]
-        return starts + column * ~is_returned, step * is_returned, column * is_returned
+        is_draft = self.table.is_draft[self.slots][row]
+        return starts + column * is_draft, step * ~is_draft, column * ~is_draft
 
     def ahead(self) -> Tensor:
         return self.ahead_of(self.canvas, self.masked)

@@ -13,7 +13,9 @@ from . import modulated_norm, seeded_mamba, unmasking, vocabulary
 
 __all__ = [
     "commit_states",
+    "drawn",
     "gated_residual_norm",
+    "masses",
     "most_confident",
     "row_statistics",
     "seeded_conv",
@@ -37,7 +39,9 @@ def _by_device(in_torch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 commit_states = _by_device(seeded_mamba.commit_states)
+drawn = _by_device(vocabulary.drawn)
 gated_residual_norm = _by_device(modulated_norm.gated_residual_norm)
+masses = _by_device(vocabulary.masses)
 most_confident = _by_device(unmasking.most_confident)
 row_statistics = _by_device(vocabulary.row_statistics)
 seeded_conv = _by_device(seeded_mamba.seeded_conv)

@@ -1,4 +1,7 @@
-"""What greedy decoding asks of a row of logits, without a copy of it in fp32. T rows over a vocabulary V."""
+"""What decoding asks of rows of logits, without a copy of them in fp32 or a sorted one. T rows over a vocabulary V.
+
+Logits may be changed: the token ``never`` becomes impossible.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,40 @@ from torch import Tensor
 def row_statistics(logits: Tensor, never: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The token (T,) int64 of the largest logit, the first of equal ones, that logit, and the logsumexp (T,) in fp32.
 
-    Of logits (T, V), which may be changed: the token ``never`` becomes impossible. The logsumexp is NaN if a logit is.
+    Of logits (T, V). The logsumexp is NaN if a logit is.
     """
-    logits = logits.float()
-    if never is not None:
-        logits[:, never].fill_(-torch.inf)
+    logits = _without(logits.float(), never)
     largest, tokens = logits.max(-1)
     return tokens, largest, logits.logsumexp(-1)
+
+
+def masses(logits: Tensor, largest: Tensor, temperature: Tensor, never: int | None = None) -> Tensor:
+    """``exp((logit - largest) / temperature)``, summed over consecutive parts of the vocabulary, as many as suit.
+
+    Args: logits (T, V); largest (T,) fp32, of each row; temperature (T,) fp32, positive. Returns (T, parts) fp64.
+    """
+    return _tempered(logits, largest, temperature, never).sum(-1, keepdim=True)
+
+
+def drawn(
+    logits: Tensor, parts: Tensor, largest: Tensor, temperature: Tensor, target: Tensor, never: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The first token (T,) int64 up to which there is more mass than the target, and its logit (T,) fp32.
+
+    Args: parts (T, parts), the :func:`masses` of the same logits, largest and temperature; target (T,) fp64. For one
+    that is too large, by rounding or because another shard has the token, some token.
+    """
+    cumulative = _tempered(logits, largest, temperature, never).cumsum_(-1)
+    tokens = torch.searchsorted(cumulative, target[:, None], right=True).clamp_(max=logits.shape[1] - 1)
+    return tokens[:, 0], logits.gather(1, tokens)[:, 0].float()
+
+
+def _tempered(logits: Tensor, largest: Tensor, temperature: Tensor, never: int | None) -> Tensor:
+    values = (_without(logits.float(), never) - largest[:, None]) / temperature[:, None]
+    return values.exp_().double()
+
+
+def _without(logits: Tensor, never: int | None) -> Tensor:
+    if never is not None:
+        logits[:, never].fill_(-torch.inf)
+    return logits

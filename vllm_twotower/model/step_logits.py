@@ -13,17 +13,25 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
-from vllm_twotower.kernels import row_statistics
+from vllm_twotower.kernels import drawn, masses, row_statistics
 
 from .context import Scanned
 
 
 @dataclass
-class Best:
-    """The most probable ``tokens`` (T,) int64 of T rows and their probability, ``confidence`` (T,) fp32."""
+class Chosen:
+    """The most probable or drawn ``tokens`` (T,) int64 of T rows and their probability, ``confidence`` (T,) fp32."""
 
     tokens: Tensor
     confidence: Tensor
+
+
+@dataclass
+class Draw:
+    """How T rows draw: ``temperature`` (T,) fp32, 0 for the most probable token, and ``number`` (T,) fp64 in [0, 1)."""
+
+    temperature: Tensor
+    number: Tensor
 
 
 class OutputHead:
@@ -31,31 +39,66 @@ class OutputHead:
 
     def __init__(self, weights: ParallelLMHead, processor: LogitsProcessor):
         self._weights, self._processor = weights, processor
-        self.gives_best = weights.tp_size > 1 or not current_platform.is_cpu()
-        """Whether :meth:`best` costs less than whole rows: nothing is gathered, or there is a kernel for it."""
+        self.chooses = weights.tp_size > 1 or not current_platform.is_cpu()
+        """Whether :meth:`choose` costs less than whole rows: no logits are gathered, or there are kernels for it."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """All logits (T, V) of hidden states (T, H), on every rank."""
         return self._processor(self._weights, hidden)
 
-    def best(self, hidden: Tensor, never: int | None = None) -> Best:
-        """What greedy decoding asks for, of hidden states (T, H), without the logits; ``never`` is not predicted.
+    def choose(self, hidden: Tensor, never: int | None = None, draw: Draw | None = None) -> Chosen:
+        """Tokens of hidden states (T, H), without the logits; ``never`` is not predicted.
 
-        Ranks exchange three numbers a row: the largest logit of their shard, its token and the shard's logsumexp. All
-        get the same result, of equal logits the first token, as with one rank.
+        Ranks exchange three numbers a row: the largest logit of their shard, its token and the shard's logsumexp; and
+        for draws its mass, then a token and its logit. All get the same result, of equal logits the first token.
         """
         shard = self._weights.shard_indices
         start = shard.org_vocab_start_index
         logits = self._processor(self._weights, hidden, skip_gather=True)[:, : shard.num_org_elements]
         is_here = never is not None and start <= never < shard.org_vocab_end_index
-        token, largest, logsumexp = row_statistics(logits, never - start if is_here else None)
-        token = (token + start).int()
-        ours = torch.stack((largest, logsumexp, token.view(torch.float32)), -1)
-        ranks = tensor_model_parallel_all_gather(ours, dim=0).view(self._weights.tp_size, len(hidden), 3)
-        largest, logsumexp, token = ranks[..., 0], ranks[..., 1], ranks[..., 2].contiguous().view(torch.int32)
-        best = largest.amax(0)
-        first = token.masked_fill(largest != best, self._weights.org_vocab_size - 1).amin(0)
-        return Best(first.long(), torch.exp(best - logsumexp.logsumexp(0)))
+        never = never - start if is_here else None
+        token, ours, logsumexp = row_statistics(logits, never)
+        largest, logsumexp, token = self._gathered(ours, logsumexp, (token + start).int())
+        best, logsumexp = largest.amax(0), logsumexp.logsumexp(0)
+        tokens = token.masked_fill(largest != best, self._weights.org_vocab_size - 1).amin(0).long()
+        chosen = Chosen(tokens, torch.exp(best - logsumexp))
+        if draw is not None:
+            is_drawn = draw.temperature > 0
+            tokens, logit = self._drawn(logits, ours, best, draw, never)
+            chosen.tokens = torch.where(is_drawn, tokens, chosen.tokens)
+            chosen.confidence = torch.where(is_drawn, torch.exp(logit - logsumexp), chosen.confidence)
+        return chosen
+
+    def _drawn(
+        self, logits: Tensor, ours: Tensor, best: Tensor, draw: Draw, never: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Drawn tokens (T,) and their logits (T,), by one number for the shards one after the other.
+
+        ``ours`` (T,) are the largest logits of this shard, ``best`` (T,) those of all.
+        """
+        temperature = torch.where(draw.temperature > 0, draw.temperature, 1.0)
+        parts = masses(logits, ours, temperature, never)
+        to_best = torch.exp((ours - best) / temperature).double()
+        (mass,) = self._gathered(parts.sum(1) * to_best)
+        cumulative = mass.cumsum(0)
+        target = draw.number * cumulative[-1]
+        before = (cumulative - mass)[self._weights.tp_rank]
+        token, logit = drawn(logits, parts, ours, temperature, (target - before) / to_best, never)
+        token += self._weights.shard_indices.org_vocab_start_index
+        token, logit = self._gathered(token.int(), logit)
+        owner = (cumulative <= target).sum(0, keepdim=True).clamp_(max=len(mass) - 1)
+        return token.gather(0, owner)[0].long(), logit.gather(0, owner)[0]
+
+    def _gathered(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Values (T,) of all ranks, as (ranks, T)."""
+        ranks = self._weights.tp_size
+        if ranks == 1:
+            return tuple(value[None] for value in values)
+        # As fp32 whatever they are: ranks on CPUs exchange nothing else.
+        columns = [value[:, None].view(torch.float32) for value in values]
+        gathered = tensor_model_parallel_all_gather(torch.cat(columns, 1), dim=0).view(ranks, len(values[0]), -1)
+        parts = gathered.split([column.shape[1] for column in columns], -1)
+        return tuple(part.contiguous().view(value.dtype)[..., 0] for part, value in zip(parts, values, strict=True))
 
 
 @dataclass
