@@ -12,10 +12,10 @@ import os
 import torch
 from torch import Tensor
 
+from vllm_twotower.kernels import uniform
 from vllm_twotower.sampling import strategies
 from vllm_twotower.sampling.row_options import RowOptions
 from vllm_twotower.sampling.strategies import Commit, DenoiserPass, Strategy, most
-from vllm_twotower.sampling.uniform import uniform
 
 RELEASED = "released_passes"
 BLOCKS_BY_PASSES = (43, 17, 13, 19, 7, 8, 10, 11, 6, 2, 4, 3, 4, 4, 5, 4)

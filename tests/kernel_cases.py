@@ -17,8 +17,9 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from vllm_twotower.kernels import modulated_norm, seeded_mamba, unmasking, vocabulary
+from vllm_twotower.kernels import modulated_norm, random_numbers, seeded_mamba, unmasking, vocabulary
 from vllm_twotower.kernels.on_gpu import modulated_norm as modulated_norm_on_gpu
+from vllm_twotower.kernels.on_gpu import random_numbers as random_numbers_on_gpu
 from vllm_twotower.kernels.on_gpu import seeded_mamba as seeded_mamba_on_gpu
 from vllm_twotower.kernels.on_gpu import unmasking as unmasking_on_gpu
 from vllm_twotower.kernels.on_gpu import vocabulary as vocabulary_on_gpu
@@ -69,11 +70,16 @@ def scan(
     """Views of what a convolution gives, and decays up to what would overflow one factor."""
     x, dt, dt_bias, a, b, c = scanned(random, rows, positions, heads, channels, groups, size, dtype)
     states, indices, d = random.normal(5, heads, channels, size), random.below(5, rows), random.normal(heads)
-    arguments = (x, dt, dt_bias, a, b, c, d, states, indices)
-    return (
-        lambda: (seeded_mamba_on_gpu.seeded_scan(*arguments),),
-        lambda: (seeded_mamba.seeded_scan(*arguments),),
-    )
+    lengths = random.below(positions + 1, rows) if rows > 1 else None
+    for row in range(0 if lengths is None else rows):
+        x[row, lengths[row] :], b[row, lengths[row] :] = torch.nan, torch.nan
+
+    def of(function: Callable[..., None]) -> Results:
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        function(x, dt, dt_bias, a, b, c, d, states, indices, out, lengths)
+        return tuple(out[row, : None if lengths is None else lengths[row]] for row in range(rows))
+
+    return lambda: of(seeded_mamba_on_gpu.seeded_scan), lambda: of(seeded_mamba.seeded_scan)
 
 
 def scanned(
@@ -171,6 +177,16 @@ def draw(random: Random, rows: int, size: int, never: int | None, dtype: torch.d
     return lambda: of(vocabulary_on_gpu), lambda: of(vocabulary)
 
 
+def numbers(random: Random, rows: int, num_counters: int) -> Calls:
+    """Seeds of 63 bits, counters of few and of many."""
+    seed = random.below(2**62, rows)
+    counters = [random.below(2 ** (8 * i + 1), rows) for i in range(num_counters)]
+    return (
+        lambda: (random_numbers_on_gpu.uniform(seed, *counters),),
+        lambda: (random_numbers.uniform(seed, *counters),),
+    )
+
+
 def unmask(random: Random, rows: int, positions: int) -> Calls:
     """Few values, so that many are equal; among the rows whole ones, and some in their last pass."""
     confidence = random.below(8, rows, positions) / 8
@@ -224,6 +240,11 @@ CASES: dict[str, list[tuple[Callable[..., Calls], dict[str, Any]]]] = {
         (draw, {"rows": 1, "size": 4097, "never": None}),
         (draw, {"rows": 12, "size": 131072, "never": 131071}),
         (draw, {"rows": 7, "size": 9001, "never": 0, "dtype": BF16}),
+    ],
+    "uniform": [
+        (numbers, {"rows": 1, "num_counters": 3}),
+        (numbers, {"rows": 1000, "num_counters": 3}),
+        (numbers, {"rows": 130, "num_counters": 4}),
     ],
     "unmask": [
         (unmask, {"rows": 40, "positions": 16}),

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from vllm import SamplingParams
 
+from vllm_twotower.kernels import uniform
 from vllm_twotower.reference import TwoTowerModel
 from vllm_twotower.reference.layers import LayerState
-from vllm_twotower.sampling.uniform import uniform
 
 MASKED_LOGIT = -1e12
 NOTHING_LEFT = -1e11

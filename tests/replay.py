@@ -42,7 +42,7 @@ def tensors_in(*values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def _storage(tensor: Tensor) -> int:
+def storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
@@ -74,9 +74,9 @@ class Recording:
 
     def spoil(self) -> None:
         """Overwrites all memory that the calls made, as another graph in the same memory pool may do."""
-        known = set(map(_storage, self._known))
+        known = set(map(storage, self._known))
         for tensor in self._kept:
-            if _storage(tensor) not in known:
+            if storage(tensor) not in known:
                 tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
 
 
@@ -91,7 +91,7 @@ class _Calls(TorchDispatchMode):
     def __init__(self, recording: Recording, known: Iterable[Tensor]):
         super().__init__()
         self._recording = recording
-        self._known = {_storage(tensor) for tensor in known}
+        self._known = {storage(tensor) for tensor in known}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -104,9 +104,9 @@ class _Calls(TorchDispatchMode):
         self._recording._kept += taken + made  # so that no other tensor gets their memory
         if function._schema.is_mutable:
             self._recording._calls.append((function, args, kwargs, []) if not made else (function, args, kwargs, made))
-        elif any(_storage(tensor) not in map(_storage, taken) for tensor in made):
+        elif any(storage(tensor) not in map(storage, taken) for tensor in made):
             self._recording._calls.append((function, args, kwargs, made))
-        self._known.update(map(_storage, made))
+        self._known.update(map(storage, made))
         return result
 
     def _check(self, function: Any, name: str, args: tuple, kwargs: dict, taken: list[Tensor]) -> None:
@@ -116,5 +116,5 @@ class _Calls(TorchDispatchMode):
         elif "output_size" not in kwargs and _DEPENDS_ON_VALUES & set(function.tags):
             raise NotReplayable(f"the result's shape depends on values: {name}")
         for tensor in taken:
-            if _storage(tensor) not in self._known:
+            if storage(tensor) not in self._known:
                 raise NotReplayable(f"{name} takes {tuple(tensor.shape)} {tensor.dtype}, made for this pass only")

@@ -88,12 +88,17 @@ class StandInCuda:
             time_conditioning._cached_frequencies(cpu),
         ]
 
-    def capture(self) -> PassGraphs:
-        """Captures as vLLM's worker does when the runner has a KV cache."""
+    def make_graphs(self) -> PassGraphs:
+        """The runner's graphs, as it makes them when it has a KV cache."""
         config = self.runner.vllm_config
-        self.runner.cudagraph_manager = graphs = model_runner.ModelCudaGraphManager(
+        self.runner.cudagraph_manager = model_runner.ModelCudaGraphManager(
             config, torch.device("cpu"), CUDAGraphMode.FULL_DECODE_ONLY, config.diffusion_config.canvas_length
         )
+        return self.runner.cudagraph_manager
+
+    def capture(self) -> PassGraphs:
+        """Captures as vLLM's worker does then."""
+        graphs = self.make_graphs()
         with torch_layers(self.layers, self.state.planner.state_block_size):
             self.runner.capture_model()
         return graphs

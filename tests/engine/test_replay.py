@@ -6,8 +6,15 @@ bits. The engine's tokens must be those of an engine without graphs.
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +29,11 @@ from torch_layers import torch_attention, torch_layers
 from vllm import LLM, SamplingParams
 from vllm.v1.worker.gpu import cudagraph_utils
 
+from vllm_twotower import kernels
 from vllm_twotower.engine.metrics import EAGER
 from vllm_twotower.engine.pass_graphs import PassDescriptor, PassGraphs, PassKind
+from vllm_twotower.engine.tower_rows import DeviceRows
+from vllm_twotower.model.moe_cpu import CpuMoE
 
 ROW_COUNTS = (1, 2, 4, 8)
 WIDTH = 16
@@ -44,7 +54,7 @@ class Comparison:
     def replay(self, desc: PassDescriptor) -> None:
         rows = self._state.planner.buffered_rows(desc)
         before = self._copies()
-        with torch_layers(self._layers, self._state.planner.state_block_size):
+        with torch_layers(self._layers, self._state.planner.state_block_size), self._experts_of(rows):
             decided = self._passes.run(desc)
         eager = self._copies()
         for memory, value in zip(self._memory, before, strict=True):
@@ -56,10 +66,26 @@ class Comparison:
             assert torch.equal(self._graphs.outcome(desc)[is_row], decided[is_row]), desc
         self._note(desc, rows)
 
+    @contextmanager
+    def _experts_of(self, rows: DeviceRows) -> Iterator[None]:
+        """Checks that no expert is read for tokens that nobody asks for."""
+        inert = rows.is_inert.flatten()
+
+        def route(moe: CpuMoE, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+            experts, weights = choose(moe, hidden_states)
+            self.seen["experts of inert tokens"] += int(inert.sum())
+            assert (experts[inert] == experts[0]).all()
+            return experts, weights
+
+        choose = CpuMoE.route
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CpuMoE, "route", route)
+            yield
+
     def _copies(self) -> list[Tensor]:
         return [memory.clone() for memory in self._memory]
 
-    def _note(self, desc: PassDescriptor, rows: Any) -> None:
+    def _note(self, desc: PassDescriptor, rows: DeviceRows) -> None:
         page, lengths = self._state.planner.state_block_size, rows.lengths[rows.lengths > 0]
         starts = rows.starts[rows.lengths > 0]
         self.replays[desc.kind, desc.num_reqs] += 1
@@ -120,18 +146,18 @@ def test_graphs_are_profiled_and_forgotten() -> None:
     """vLLM captures two before it knows the size of the KV cache, on a small one, and reckons what all will take."""
     prompts = [list(range(4, 30)), list(range(50, 120))]
     params = [SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)] * 2
-    with torch_attention(), running_engine(GOLDEN / "ckpt_A") as llm, stand_in_cuda(llm, ROW_COUNTS) as cuda:
+    with torch_attention(), running_engine(GOLDEN / "ckpt_A") as llm, stand_in_cuda(llm, (1, 2)) as cuda:
         expected = tokens_of(generate(llm, prompts, params))
         config = cuda.runner.kv_cache_config
         with torch_layers(cuda.layers, cuda.state.planner.state_block_size):
             estimate = cudagraph_utils.profile_cudagraph_memory(cuda.runner)
-        assert estimate == len(PassKind) * len(ROW_COUNTS) * StandInGraph.NUM_BYTES
+        assert estimate == len(PassKind) * 2 * StandInGraph.NUM_BYTES
         assert len(StandInGraph.alive) == 2
         assert cuda.runner.cudagraph_manager is None
         assert cuda.state._graphs() is None
         cuda.runner.initialize_kv_cache(config)
         graphs = cuda.capture()
-        assert len(graphs.graphs) == len(PassKind) * len(ROW_COUNTS)
+        assert len(graphs.graphs) == len(PassKind) * 2
         assert tokens_of(generate(llm, prompts, params)) == expected
 
 
@@ -158,6 +184,15 @@ def test_why_rows_run_without_a_graph() -> None:
             grew = {name: count - before[name] for name, count in eager_rows(llm).items()}
             assert grew[reason] >= len(of_reason)
             assert {name for name, count in grew.items() if count} == {reason}
+
+
+def test_kernels_are_replayed() -> None:
+    """With the Triton kernels in Triton's interpreter, which needs a process of its own."""
+    script = [sys.executable, str(Path(__file__).parents[1] / "kernel_replay.py")]
+    done = subprocess.run(script, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["replayed"] == found["expected"]
+    assert found["ran"].keys() == set(kernels.__all__)
 
 
 def eager_rows(llm: LLM) -> dict[str, float]:

@@ -23,14 +23,17 @@ def without_tf32() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
 @pytest.mark.parametrize("name", golden_data.CHECKPOINTS)
-def test_goldens_in_fp32(name: str) -> None:
-    from engines import assert_idle, generate, run_all, running_engine, tokens_of
+def test_goldens_in_fp32(name: str, enforce_eager: bool) -> None:
+    from engines import assert_idle, generate, run_all, runner, running_engine, tokens_of
     from vllm import SamplingParams
 
     runs = golden_data.diffusion_runs(name) + golden_data.diffusion_runs(name, "eos_runs")
     prompts = golden_data.prompts(name)
-    with running_engine(golden_data.checkpoint(name), **SHARED) as llm:
+    with running_engine(golden_data.checkpoint(name), enforce_eager=enforce_eager, **SHARED) as llm:
+        graphs = runner(llm).cudagraph_manager
+        assert bool(graphs.graphs) != enforce_eager
         assert run_all(llm, runs) == [run.tokens for run in runs]
         assert run_all(llm, runs[::5]) == [run.tokens for run in runs[::5]]
         params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args={"diffusion_mode": "ar"})
@@ -72,7 +75,31 @@ def test_every_option_equals_the_oracle() -> None:
         assert_idle(llm)
 
 
-@pytest.mark.parametrize("kernel", ["conv", "scan", "norm", "statistics", "unmask"])
+def test_prompts_in_chunks_of_sixteen_tokens() -> None:
+    """From the state of the chunk before, as blocks are read: the same log-probabilities as of the whole prompt."""
+    from engines import generate, running_engine
+    from vllm import SamplingParams
+
+    prompts = [list(range(5 + i, 5 + i + 80)) for i in range(4)]
+    params = [SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)] * len(prompts)
+    found = []
+    for options in ({}, {"long_prefill_token_threshold": 16}):
+        with running_engine(golden_data.checkpoint("A"), enforce_eager=True, **options, **SHARED) as llm:
+            outputs = generate(llm, prompts, params)
+        found.append(
+            [
+                entry[token].logprob
+                for prompt, output in zip(prompts, outputs, strict=True)
+                for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+            ]
+        )
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+
+
+KERNELS = ["commit", "conv", "draw", "norm", "scan", "statistics", "uniform", "unmask"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_equal_torch(kernel: str) -> None:
     """The cases that run in Triton's interpreter elsewhere."""
     from kernel_cases import CASES, calls, error

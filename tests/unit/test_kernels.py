@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, compile
 from triton.runtime.jit import JITFunction
 
-from vllm_twotower.kernels.on_gpu import modulated_norm, seeded_mamba, unmasking, vocabulary
+from vllm_twotower.kernels.on_gpu import modulated_norm, random_numbers, seeded_mamba, unmasking, vocabulary
 
 ARCHITECTURES = (80, 90, 100, 120)
 MODULES = {
@@ -31,6 +31,7 @@ MODULES = {
     "norm": modulated_norm,
     "statistics": vocabulary,
     "draw": vocabulary,
+    "uniform": random_numbers,
     "unmask": unmasking,
 }
 TYPES = {

@@ -17,8 +17,8 @@ from oracle import Expected, expected, prompt_logprobs
 from torch import Tensor
 from vllm import SamplingParams
 
+from vllm_twotower.kernels import uniform
 from vllm_twotower.reference import TwoTowerModel, generate_ar, generate_mask_diffusion
-from vllm_twotower.sampling.uniform import uniform
 
 MASK, EOS, VOCABULARY = 3, 2, 24
 STRATEGIES = ("confidence_unmasking", "posterior", "predict_and_noise")

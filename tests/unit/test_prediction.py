@@ -6,9 +6,9 @@ import pytest
 import torch
 from row_options import row_options
 
+from vllm_twotower.kernels import uniform
 from vllm_twotower.sampling.prediction import draw, margin, probability, temper_and_filter
 from vllm_twotower.sampling.row_options import RowOptions
-from vllm_twotower.sampling.uniform import uniform
 
 
 def filtered(logits: torch.Tensor, options: RowOptions) -> torch.Tensor:

@@ -24,7 +24,8 @@ def test_scan_equals_the_recurrence(device: str, positions: int, groups: int) ->
     b, c = rand(rows, positions, groups, state_size), rand(rows, positions, groups, state_size)
     raw, bias, a, d = rand(rows, positions, heads), rand(heads), -rand(heads).exp(), rand(heads)
     indices = torch.arange(rows, device=device)
-    y = seeded_scan(x, raw, bias, a, b, c, d, seed, indices)
+    y = torch.empty_like(x)
+    seeded_scan(x, raw, bias, a, b, c, d, seed, indices, y)
 
     xbc, before = rand(rows, positions, 7), rand(rows, 3, 7)
 
@@ -54,8 +55,8 @@ def test_strong_decay_does_not_overflow(device: str) -> None:
     dt, a = torch.full((1, 16, 1), 20.0, device=device), torch.tensor([-30.0], device=device)
     one = torch.ones(1, 16, 1, 1, device=device)
     first, state = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1, 1, 1, 1), 1e3, device=device)
-    nothing = torch.zeros(1, device=device)
-    y = seeded_scan(x, dt, nothing, a, one, one, nothing, state, first)
+    nothing, y = torch.zeros(1, device=device), torch.empty_like(x)
+    seeded_scan(x, dt, nothing, a, one, one, nothing, state, first, y)
     torch.testing.assert_close(y, torch.full_like(y, 20.0))
 
 

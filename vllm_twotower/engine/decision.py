@@ -10,10 +10,10 @@ from torch import Tensor
 from vllm.config import ModelConfig
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
+from vllm_twotower.kernels import uniform
 from vllm_twotower.model.step_logits import Draw, OutputHead
 from vllm_twotower.sampling.prediction import draw, margin, probability, temper_and_filter
 from vllm_twotower.sampling.row_options import RowOptions
-from vllm_twotower.sampling.uniform import uniform
 
 from .logit_rules import RuledRows
 from .logits_processors import CustomLogitsProcessors

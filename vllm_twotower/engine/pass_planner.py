@@ -182,8 +182,8 @@ class PassPlanner:
         tables = [F.pad(table, (0, 1), value=NULL_BLOCK_ID) for table in rows.block_tables(self._block_tables)]
         attention = self._attention(rows, tables, of_attention, is_causal=True)
         states = self._state_indices(rows.starts + rows.lengths, tables)
-        is_inert = rows.is_inert if rows.has_padding else None
-        attention.metadata |= {name: UncommittedRead(len(rows), index, is_inert) for name, index in states.items()}
+        lengths = rows.lengths if rows.has_padding else None
+        attention.metadata |= {name: UncommittedRead(len(rows), index, lengths) for name, index in states.items()}
         return ContextInputs(attention, rows, self._tokens(rows).long())
 
     def _tokens(self, rows: DeviceRows) -> Tensor:

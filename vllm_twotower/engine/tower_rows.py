@@ -147,7 +147,8 @@ class DeviceRows:
         """The rows' block tables, of each KV cache group, out of those of vLLM's batch."""
         tables = [table[self.batch_rows] for table in of_batch]
         if self.has_padding:
-            tables = [table.masked_fill(self.lengths[:, None] == 0, NULL_BLOCK_ID) for table in tables]
+            is_empty = self.lengths[:, None] == 0
+            tables = [table.masked_fill(is_empty, NULL_BLOCK_ID) for table in tables]
         return tables
 
     def slot_mapping(self, block_table: Tensor, block_size: int) -> Tensor:

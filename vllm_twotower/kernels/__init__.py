@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import modulated_norm, seeded_mamba, unmasking, vocabulary
+from . import modulated_norm, random_numbers, seeded_mamba, unmasking, vocabulary
 
 __all__ = [
     "commit_states",
@@ -20,6 +20,7 @@ __all__ = [
     "row_statistics",
     "seeded_conv",
     "seeded_scan",
+    "uniform",
 ]
 
 
@@ -46,3 +47,4 @@ most_confident = _by_device(unmasking.most_confident)
 row_statistics = _by_device(vocabulary.row_statistics)
 seeded_conv = _by_device(seeded_mamba.seeded_conv)
 seeded_scan = _by_device(seeded_mamba.seeded_scan)
+uniform = _by_device(random_numbers.uniform)

@@ -39,14 +39,20 @@ def seeded_scan(
     d: Tensor,
     states: Tensor,
     indices: Tensor,
-) -> Tensor:
+    out: Tensor,
+    lengths: Tensor | None = None,
+) -> None:
     """Selective scan ``h = exp(t A) h + t B x; y = C h + D x`` with ``t = softplus(dt + dt_bias)``.
 
     Args: x (R, S, n, p); a (n,) negative; b and c (R, S, g, s), all fp32; dt (R, S, n), dt_bias and d (n,) and states
-    (N, n, p, s) of any float dtype; indices (R,), of the state that row r begins with. Returns y (R, S, n, p) in the
-    dtype of dt.
+    (N, n, p, s) of any float dtype; indices (R,), of the state that row r begins with; out (R, S, n, p), for y;
+    lengths (R,), if what lies behind them in a row need not be finite and is not asked for.
     """
     seed, times = states[indices].float(), _times(dt, dt_bias)
+    if lengths is not None:
+        inert = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+        times = times.masked_fill(inert[..., None], 0)
+        x, b = (values.masked_fill(inert[..., None, None], 0) for values in (x, b))
     rows, positions, heads, _ = x.shape
     per_group = heads // b.shape[2]
     log_decay = (times * a).cumsum(1).transpose(1, 2)  # (R, n, S)
@@ -57,7 +63,7 @@ def seeded_scan(
     y = mixing @ x.transpose(1, 2)  # (R, n, S, p)
     carried = c.transpose(1, 2).repeat_interleave(per_group, 1) @ seed.transpose(2, 3)
     y = y.addcmul_(carried, log_decay.exp().unsqueeze(-1)).transpose(1, 2)
-    return y.addcmul(x, d.float()[:, None]).to(dt.dtype)
+    out.copy_(y.addcmul(x, d.float()[:, None]))
 
 
 def _times(dt: Tensor, dt_bias: Tensor) -> Tensor:

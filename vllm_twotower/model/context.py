@@ -76,12 +76,18 @@ def blank_states(mixer: MambaMixer2, num_rows: int) -> tuple[tuple[Tensor, Tenso
 
 
 def mix_from(
-    mixer: MambaMixer2, projected: Tensor, states: tuple[Tensor, Tensor], indices: Tensor
-) -> tuple[Tensor, Scanned]:
-    """Convolution and scan of R rows of S tokens from their states: (R * S, n * p), and what it ran on.
+    mixer: MambaMixer2,
+    projected: Tensor,
+    states: tuple[Tensor, Tensor],
+    indices: Tensor,
+    output: Tensor,
+    lengths: Tensor | None = None,
+) -> Scanned:
+    """Convolution and scan of R rows of S tokens from their states into ``output`` (R * S, n * p); what it ran on.
 
     ``projected`` (R, S, C + n) are convolution inputs and time steps as the input projection gives them; ``states`` as
-    of :func:`cached_states`, those of the rows at ``indices`` (R,).
+    of :func:`cached_states`, those of the rows at ``indices`` (R,). What lies behind the ``lengths`` (R,) of rows, if
+    there are any, need not be finite.
     """
     xbc, dt = projected.split([mixer.tped_conv_size, mixer.tped_dt_size], dim=-1)
     conv_states, ssm_states = states
@@ -89,22 +95,21 @@ def mix_from(
     x, b, c = mixer.split_hidden_states_B_C_fn(mixed)
     groups = (mixer.n_groups // mixer.tp_size, mixer.ssm_state_size)
     x, b, c = x.unflatten(-1, (-1, mixer.head_dim)), b.unflatten(-1, groups), c.unflatten(-1, groups)
-    scanned = Scanned(xbc, x, dt, b)
-    y = seeded_scan(x, dt, mixer.dt_bias, mixer.A, b, c, mixer.D, ssm_states, indices)
-    return y.flatten(2).flatten(0, 1), scanned
+    seeded_scan(x, dt, mixer.dt_bias, mixer.A, b, c, mixer.D, ssm_states, indices, output.view(x.shape), lengths)
+    return Scanned(xbc, x, dt, b)
 
 
 @dataclass
 class UncommittedRead:
     """In the place of a Mamba layer's metadata: its R rows of equal width may be rejected from some token on.
 
-    The layer starts from its states at ``state_indices`` (R,), leaves them as they are, and fills ``scanned``. Tokens
-    that are inert (R, S), if any are, need not be finite.
+    The layer starts from its states at ``state_indices`` (R,), leaves them as they are, and fills ``scanned``. What
+    lies behind the ``lengths`` (R,) of rows, if some are shorter, need not be finite.
     """
 
     num_rows: int
     state_indices: Tensor
-    is_inert: Tensor | None = None
+    lengths: Tensor | None = None
     scanned: Scanned | None = None
 
 
@@ -125,10 +130,7 @@ class ContextMambaMixer(MambaMixer2):
         if not isinstance(read, UncommittedRead):
             return super().conv_ssm_forward(projected_states, output)
         by_row = projected_states[:, self.tped_intermediate_size :].unflatten(0, (read.num_rows, -1))
-        if read.is_inert is not None:
-            by_row = by_row.masked_fill(read.is_inert.unsqueeze(-1), 0)
-        y, read.scanned = mix_from(self, by_row, cached_states(self), read.state_indices)
-        output.copy_(y)
+        read.scanned = mix_from(self, by_row, cached_states(self), read.state_indices, output, read.lengths)
         return None
 
     def blank_read(self, num_rows: int, width: int) -> Scanned:
@@ -136,7 +138,8 @@ class ContextMambaMixer(MambaMixer2):
         like = self.conv1d.weight
         size = self.tped_intermediate_size + self.tped_conv_size + self.tped_dt_size
         projected = like.new_zeros(num_rows, width, size)[..., self.tped_intermediate_size :]
-        return mix_from(self, projected, *blank_states(self, num_rows))[1]
+        output = like.new_empty(num_rows * width, self.tped_intermediate_size)
+        return mix_from(self, projected, *blank_states(self, num_rows), output)
 
     def commit(self, read: UncommittedRead, counts: Tensor) -> None:
         """Writes the states after the first ``counts`` (R,) tokens of the rows that it has read."""

@@ -111,7 +111,8 @@ class DenoiserMambaMixer(MambaMixer2):
             states = cached_states(get_forward_context().no_compile_layers[name]), rows.state_indices[name]
         else:
             states = blank_states(self, rows.num_rows)
-        y, _ = mix_from(self, rows.by_row(of_mixer), *states)
+        y = torch.empty_like(gate)
+        mix_from(self, rows.by_row(of_mixer), *states, y)
         return self.out_proj(self.norm(y, gate))[0]
 
 

@@ -57,17 +57,17 @@ class OutputHead:
         logits = self._processor(self._weights, hidden, skip_gather=True)[:, : shard.num_org_elements]
         is_here = never is not None and start <= never < shard.org_vocab_end_index
         never = never - start if is_here else None
-        token, ours, logsumexp = row_statistics(logits, never)
-        largest, logsumexp, token = self._gathered(ours, logsumexp, (token + start).int())
-        best, logsumexp = largest.amax(0), logsumexp.logsumexp(0)
-        tokens = token.masked_fill(largest != best, self._weights.org_vocab_size - 1).amin(0).long()
-        chosen = Chosen(tokens, torch.exp(best - logsumexp))
+        tokens, ours, logsumexp = row_statistics(logits, never)
+        best = ours
+        if self._weights.tp_size > 1:
+            largest, logsumexp, token = self._gathered(ours, logsumexp, (tokens + start).int())
+            best, logsumexp = largest.amax(0), logsumexp.logsumexp(0)
+            tokens = token.masked_fill(largest != best, self._weights.org_vocab_size - 1).amin(0).long()
         if draw is not None:
             is_drawn = draw.temperature > 0
-            tokens, logit = self._drawn(logits, ours, best, draw, never)
-            chosen.tokens = torch.where(is_drawn, tokens, chosen.tokens)
-            chosen.confidence = torch.where(is_drawn, torch.exp(logit - logsumexp), chosen.confidence)
-        return chosen
+            token, logit = self._drawn(logits, ours, best, draw, never)
+            tokens, best = torch.where(is_drawn, token, tokens), torch.where(is_drawn, logit, best)
+        return Chosen(tokens, torch.exp(best - logsumexp))
 
     def _drawn(
         self, logits: Tensor, ours: Tensor, best: Tensor, draw: Draw, never: int | None
@@ -78,6 +78,8 @@ class OutputHead:
         """
         temperature = torch.where(draw.temperature > 0, draw.temperature, 1.0)
         parts = masses(logits, ours, temperature, never)
+        if self._weights.tp_size == 1:
+            return drawn(logits, parts, ours, temperature, draw.number * parts.sum(1), never)
         to_best = torch.exp((ours - best) / temperature).double()
         (mass,) = self._gathered(parts.sum(1) * to_best)
         cumulative = mass.cumsum(0)
@@ -91,13 +93,11 @@ class OutputHead:
 
     def _gathered(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Values (T,) of all ranks, as (ranks, T)."""
-        ranks = self._weights.tp_size
-        if ranks == 1:
-            return tuple(value[None] for value in values)
         # As fp32 whatever they are: ranks on CPUs exchange nothing else.
         columns = [value[:, None].view(torch.float32) for value in values]
-        gathered = tensor_model_parallel_all_gather(torch.cat(columns, 1), dim=0).view(ranks, len(values[0]), -1)
-        parts = gathered.split([column.shape[1] for column in columns], -1)
+        ours = torch.cat(columns, 1)
+        ranks = tensor_model_parallel_all_gather(ours, dim=0).view(-1, *ours.shape)
+        parts = ranks.split([column.shape[1] for column in columns], -1)
         return tuple(part.contiguous().view(value.dtype)[..., 0] for part, value in zip(parts, values, strict=True))
 
 

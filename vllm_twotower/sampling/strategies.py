@@ -19,11 +19,10 @@ from importlib.metadata import entry_points
 import torch
 from torch import Tensor
 
-from vllm_twotower.kernels import most_confident
+from vllm_twotower.kernels import most_confident, uniform
 from vllm_twotower.kernels.unmasking import at_least_to_finish, most
 
 from .row_options import RowOptions
-from .uniform import uniform
 
 ENTRY_POINT_GROUP = "vllm_twotower.strategies"
 MIN_TIME = 1e-5

@@ -98,6 +98,7 @@ def _scan(
     d,
     states,
     indices,
+    lengths,
     positions,
     channels,
     size,
@@ -115,6 +116,7 @@ def _scan(
     state_slot,
     state_head,
     state_channel,
+    HAS_LENGTHS: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -126,6 +128,8 @@ def _scan(
     group = head // HEADS_PER_GROUP
     position, channel = tl.arange(0, POSITIONS), tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     is_position, is_channel = position < positions, channel < channels
+    if HAS_LENGTHS:
+        is_position = position < tl.load(lengths + row)
     of_b = b + row * b_row + group * b_group + position[:, None] * b_position
     of_c = c + row * c_row + group * c_group + position[:, None] * c_position
     seed = (
@@ -168,11 +172,12 @@ def seeded_scan(
     d: Tensor,
     states: Tensor,
     indices: Tensor,
-) -> Tensor:
-    """Selective scan from the states at ``indices``; the last dimensions are contiguous."""
+    out: Tensor,
+    lengths: Tensor | None = None,
+) -> None:
+    """Selective scan from the states at ``indices``; ``out`` is contiguous, of the others the last dimension is."""
     rows, positions, heads, channels = x.shape
     groups, size = b.shape[2:]
-    out = torch.empty(x.shape, dtype=dt.dtype, device=x.device)
     # tl.dot takes no less than sixteen of each; larger tiles than these spill registers.
     of_positions, of_channels, of_size = (max(16, triton.next_power_of_2(n)) for n in (positions, channels, size))
     channel_block, block = min(of_channels, CHANNEL_BLOCK), min(of_size, STATE_BLOCK)
@@ -187,6 +192,7 @@ def seeded_scan(
         d,
         states,
         indices,
+        lengths,
         positions,
         channels,
         size,
@@ -195,6 +201,7 @@ def seeded_scan(
         *b.stride()[:3],
         *c.stride()[:3],
         *states.stride()[:3],
+        HAS_LENGTHS=lengths is not None,
         HEADS=heads,
         HEADS_PER_GROUP=heads // groups,
         POSITIONS=of_positions,
@@ -202,7 +209,6 @@ def seeded_scan(
         SIZE=of_size,
         BLOCK=block,
     )
-    return out
 
 
 @triton.jit
