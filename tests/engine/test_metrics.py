@@ -135,8 +135,7 @@ def counted(llm: LLM) -> Iterator[Counted]:
         is_first = step.plan is None
         plan = plan_pass(step, choice)
         if plan.context is not None:
-            metadata = next(iter(plan.context.attention.metadata.values()))
-            result.ran["context passes"] += len(metadata.seq_lens)
+            result.ran["context passes"] += len(plan.context.rows)
         if plan.canvas is not None:
             result.ran["denoiser passes"] += len(plan.canvas.time)
             result.ran["canvas positions"] += int(plan.canvases.rows.lengths.sum())

@@ -64,7 +64,7 @@ class GraphChoice:
         reason, desc = "mixed", None
         if kind is not None:
             desc = self.graphs.find(kind, len(of_run)) if is_plain else None
-            reason = "rows" if is_plain else "options"
+            reason = "many" if is_plain else "options"
         if desc is None:
             rows.why_eager[of_run.batch_rows] = 1 + EAGER_REASONS.index(reason)
         return desc

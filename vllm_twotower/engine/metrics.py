@@ -15,7 +15,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
 
 from .mode_control import ModeDecision
 
-EAGER_REASONS = ("mixed", "options", "rows")
+EAGER_REASONS = ("mixed", "options", "many")
 """Why a row runs without a CUDA graph, though there are some; see :data:`HELP`."""
 CONTEXT_PASSES = "vllm:twotower_num_context_passes"
 BLOCKS = "vllm:twotower_num_blocks"
@@ -45,7 +45,7 @@ HELP = {
     ACCEPTED_PER_DRAFT: "Histogram of accepted tokens per verified draft.",
     EAGER["mixed"]: "Number of rows that ran without a CUDA graph beside prompts or rows of other widths.",
     EAGER["options"]: "Number of rows that ran without a CUDA graph for options that graphs do not know.",
-    EAGER["rows"]: "Number of rows that ran without a CUDA graph as there were more of them than in the largest.",
+    EAGER["many"]: "Number of rows that ran without a CUDA graph as there were more of them than in the largest.",
     AUTO_AR_CHOICES: "Number of times that requests with diffusion_mode 'auto' went on token by token.",
     AUTO_DIFFUSION_CHOICES: "Number of times that requests with diffusion_mode 'auto' went on by mask diffusion.",
     AUTO_VERIFIED_CHOICES: "Number of times that requests with diffusion_mode 'auto' went on by verified drafts.",
@@ -90,7 +90,7 @@ class StepCosts:
     not_finite: int = 0
     eager_mixed: int = 0
     eager_options: int = 0
-    eager_rows: int = 0
+    eager_many: int = 0
     steps_per_block: list[int] = field(default_factory=list)
     accepted_per_draft: list[int] = field(default_factory=list)
 

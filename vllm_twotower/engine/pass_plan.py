@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -36,15 +38,26 @@ class AttentionInputs:
         context.is_padding = self.is_padding
 
 
+class _TowerInputs:
+    make_attention: Callable[[], AttentionInputs]
+
+    @cached_property
+    def attention(self) -> AttentionInputs:
+        """Made when the tower runs: what vLLM's builders made before for another run is no longer good then."""
+        made = self.make_attention()
+        del self.make_attention  # it holds the plan of the pass before
+        return made
+
+
 @dataclass
-class ContextInputs:
+class ContextInputs(_TowerInputs):
     """The context tower's rows, their tokens (T,), and the tokens whose logits are needed, if any are.
 
     ``prompt_tokens`` (2, n), if a prompt's log-probabilities are asked for: indices of prompt tokens here, and where
     they lie in vLLM's batch.
     """
 
-    attention: AttentionInputs
+    make_attention: Callable[[], AttentionInputs]
     rows: DeviceRows
     input_ids: Tensor
     logits_indices: Tensor | slice | None = None
@@ -61,10 +74,10 @@ class ContextInputs:
 
 
 @dataclass
-class CanvasInputs:
+class CanvasInputs(_TowerInputs):
     """The denoiser's tokens (T,), how they lie in rows, and each row's time (R,)."""
 
-    attention: AttentionInputs
+    make_attention: Callable[[], AttentionInputs]
     input_ids: Tensor
     rows: CanvasRows
     time: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -122,7 +123,9 @@ class PassPlanner:
             before = step.plan
             plan.canvases = canvases = Canvases(denoiser, self.table)
             if before is not None and before.canvases is not None and before.canvases.has_rows_of(canvases):
-                plan.canvas = replace(before.canvas, input_ids=canvases.canvas.flatten(), time=canvases.times())
+                kept = before.canvas.attention
+                tokens, times = canvases.canvas.flatten(), canvases.times()
+                plan.canvas = replace(before.canvas, make_attention=lambda: kept, input_ids=tokens, time=times)
             else:
                 plan.canvas = self.canvas_inputs(canvases, step.groups)
         return plan
@@ -131,7 +134,7 @@ class PassPlanner:
         """A pass of the denoiser over canvases."""
         rows = canvases.rows
         tables = rows.block_tables(self._block_tables)
-        attention = self._attention(rows, tables, groups.denoiser, is_causal=False)
+        attention = partial(self._attention, rows, tables, groups.denoiser, is_causal=False)
         of_states = CanvasRows(len(rows), rows.width, self._state_indices(rows.starts, tables))
         return CanvasInputs(attention, canvases.canvas.flatten(), of_states, canvases.times())
 
@@ -156,7 +159,7 @@ class PassPlanner:
                 logits_indices = context.on_device(context.host.query_start_loc[1:][index] - 1)
             num_returned = step.rows.num_new[rows.host.batch_rows]
             plan.next_tokens = NextTokens(rows.next_positions(), self.table, num_returned)
-        attention = self._context_attention(step, context)
+        attention = partial(self._context_attention, step.plan, step.groups, context)
         input_ids = self._tokens(context)
         prompt_tokens = self._prompt_tokens(step, context.host)
         plan.context = ContextInputs(attention, context, input_ids, logits_indices, prompt_tokens)
@@ -164,7 +167,8 @@ class PassPlanner:
     def next_token_inputs(self, rows: DeviceRows, groups: TowerGroups) -> tuple[NextTokens, ContextInputs]:
         """The context tower's read of one token each, and the positions behind."""
         targets = NextTokens(rows.next_positions(), self.table, np.zeros(len(rows.host), dtype=np.int64))
-        attention = self._attention(rows, rows.block_tables(self._block_tables), groups.context, is_causal=True)
+        tables = rows.block_tables(self._block_tables)
+        attention = partial(self._attention, rows, tables, groups.context, is_causal=True)
         return targets, ContextInputs(attention, rows, self._tokens(rows))
 
     def draft_inputs(self, drafts: DeviceRows, groups: TowerGroups) -> tuple[DraftedTokens, ContextInputs]:
@@ -175,16 +179,19 @@ class PassPlanner:
 
     def read_inputs(self, rows: DeviceRows, groups: TowerGroups) -> ContextInputs:
         """The context tower's read of blocks; its Mamba states stay as they are until :meth:`advance_states`."""
-        of_attention = [
-            [] if group_id in self._mamba_groups else layers for group_id, layers in enumerate(groups.context)
-        ]
+        return ContextInputs(partial(self._uncommitted_attention, rows, groups), rows, self._tokens(rows).long())
+
+    def _uncommitted_attention(self, rows: DeviceRows, groups: TowerGroups) -> AttentionInputs:
         # A page more, as rows that are filled up may reach beyond the last one.
         tables = [F.pad(table, (0, 1), value=NULL_BLOCK_ID) for table in rows.block_tables(self._block_tables)]
-        attention = self._attention(rows, tables, of_attention, is_causal=True)
+        attention = self._attention(rows, tables, self._without_mamba(groups.context), is_causal=True)
         states = self._state_indices(rows.starts + rows.lengths, tables)
         lengths = rows.lengths if rows.has_padding else None
         attention.metadata |= {name: UncommittedRead(len(rows), index, lengths) for name, index in states.items()}
-        return ContextInputs(attention, rows, self._tokens(rows).long())
+        return attention
+
+    def _without_mamba(self, groups: list[list[AttentionGroup]]) -> list[list[AttentionGroup]]:
+        return [[] if group_id in self._mamba_groups else layers for group_id, layers in enumerate(groups)]
 
     def _tokens(self, rows: DeviceRows) -> Tensor:
         """(T,): the text at the rows' positions."""
@@ -203,14 +210,14 @@ class PassPlanner:
         for name in self._mamba_layers:
             self._layers[name].commit(inputs.attention.metadata[name], counts)
 
-    def _context_attention(self, step: Step, rows: DeviceRows) -> AttentionInputs:
+    def _context_attention(self, plan: PassPlan | None, groups: TowerGroups, rows: DeviceRows) -> AttentionInputs:
         """What the context tower's layers need; for Mamba layers as in the pass before if that was the same to them."""
-        groups, kept = step.groups.context, {}
-        before = None if step.plan is None else step.plan.context
+        of_context, kept = groups.context, {}
+        before = None if plan is None else plan.context
         if isinstance(before, ContextInputs) and self._continues(before.rows, rows):
-            groups = [[] if group_id in self._mamba_groups else groups[group_id] for group_id in range(len(groups))]
+            of_context = self._without_mamba(of_context)
             kept = {name: before.attention.metadata[name] for name in self._mamba_layers}
-        attention = self._attention(rows, rows.block_tables(self._block_tables), groups, is_causal=True)
+        attention = self._attention(rows, rows.block_tables(self._block_tables), of_context, is_causal=True)
         attention.metadata |= kept
         return attention
 
