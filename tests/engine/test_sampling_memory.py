@@ -9,8 +9,8 @@ import engines
 import golden_data
 import pytest
 import torch
+from replay import tensors_in
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from vllm import SamplingParams
 
 from vllm_twotower.engine.fill import StepFill
@@ -29,9 +29,10 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor.untyped_storage())
+        taken = {tensor.untyped_storage()._cdata for tensor in tensors_in(args, kwargs)}
+        for tensor in tensors_in(result):
+            if (storage := tensor.untyped_storage())._cdata not in taken:
+                self._note(storage)
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
