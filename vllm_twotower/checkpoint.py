@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -11,29 +13,50 @@ from safetensors.torch import save_file
 
 from vllm_twotower.architecture import CheckpointError, TwoTowerConfig, tensor_shapes
 
+if TYPE_CHECKING:
+    from vllm_twotower.quantization import Quantization
+
 
 class WeightCheck:
     """Compares the tensors of a checkpoint with the layout as they pass by, without holding them."""
 
-    def __init__(self, config: TwoTowerConfig):
-        self._missing = tensor_shapes(config)
+    def __init__(self, config: TwoTowerConfig, quantization: Quantization | None = None):
+        self._quantization = quantization
+        self._missing: dict[str, tuple[int, ...] | None] = dict(tensor_shapes(config))
+        if quantization is not None:
+            self._missing = quantization.stored_shapes(self._missing)
 
     def see(self, name: str, tensor: torch.Tensor) -> None:
+        """As :meth:`see_shape`."""
+        self.see_shape(name, tuple(tensor.shape))
+
+    def see_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Notes one tensor; raises :class:`CheckpointError` if it is unexpected, doubled, or has another shape."""
-        expected = self._missing.pop(name, None)
-        if expected is None:
-            raise CheckpointError(f"unexpected tensor {name} {list(tensor.shape)} in a TwoTower checkpoint")
-        if tuple(tensor.shape) != expected:
-            raise CheckpointError(
-                f"tensor {name} has shape {list(tensor.shape)}, the configuration asks for {list(expected)}"
-            )
+        if name not in self._missing:
+            module, _, kind = name.rpartition(".")
+            if self._quantization is not None and self._quantization.may_have(module, kind):
+                return
+            raise CheckpointError(f"unexpected tensor {name} {list(shape)} in a TwoTower checkpoint")
+        expected = self._missing.pop(name)
+        if expected is not None and shape != expected:
+            raise CheckpointError(f"tensor {name} has shape {list(shape)}, the configuration asks for {list(expected)}")
 
     def finish(self) -> None:
         """Raises :class:`CheckpointError` naming (up to eight of) the tensors that did not come."""
         if self._missing:
-            names = [f"{name} {list(shape)}" for name, shape in self._missing.items()]
+            names = [f"{name} {list(shape or ())}" for name, shape in self._missing.items()]
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             raise CheckpointError(f"missing in the TwoTower checkpoint: {', '.join(names[:8])}{more}")
+
+
+def read_quantization(folder: str | Path) -> Quantization | None:
+    """How the weights of a folder are quantised, by its ``config.json``; None if they are not."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if not config:
+        return None
+    from vllm_twotower.quantization import quantization_of
+
+    return quantization_of(config)
 
 
 def _shards(folder: str | Path) -> Iterator[safe_open]:

@@ -14,6 +14,7 @@ COMMANDS = {
     "init": ("make a TwoTower checkpoint from a Nemotron-H one", "conversion"),
     "inspect": ("say what a checkpoint holds, and the memory it needs", "inspection"),
     "plan": ("predict speed and memory on given hardware", "planning.cli"),
+    "quantize": ("quantise a checkpoint's experts, or all its matrices", "quantize"),
     "eval": ("accuracy and speed on held-out problems, sweeps, likelihoods", "evaluation.cli"),
     "ray-up": ("start a local Ray cluster for tensor parallelism on CPUs", "ray_cluster"),
     "train": ("train a TwoTower from a YAML file", "training.cli"),

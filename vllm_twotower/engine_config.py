@@ -132,9 +132,11 @@ def _model_limits(vllm_config: VllmConfig) -> Iterator[Limit]:
     bidirectional = getattr(model.hf_config, "bidirectional_mamba", False)
     reason = "the denoiser's Mamba layers run from left to right here; use vllm_twotower.reference"
     yield "bidirectional_mamba", bidirectional, bidirectional, reason
+    reason = "on CPUs weights are as the checkpoint has them; `vllm-twotower quantize` makes one"
+    of_checkpoint = getattr(model.hf_config, "quantization_config", None) and model.quantization
     for name in ("quantization", "quantization_config"):
         value = getattr(model, name)
-        yield name, value, value and current_platform.is_cpu(), "on CPUs weights are not quantised"
+        yield name, value, value and value != of_checkpoint and current_platform.is_cpu(), reason
     reason = "a token passes the experts of both towers, and the denoiser's many times"
     yield "enable_return_routed_experts", True, vllm_config.aux_output_config.enable_return_routed_experts, reason
 

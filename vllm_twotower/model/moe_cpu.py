@@ -17,32 +17,40 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.nemotron_h import NemotronHMLP
 from vllm.model_executor.utils import set_weight_attrs
 
+from vllm_twotower.quantization import quantization_of
+
+from .quantized_cpu import quantized_projection
+
+
+class _Projection(nn.Module):
+    """This rank's slice of one matrix (out, in) of an expert, cut along ``shard_dim``, so that it loads by name."""
+
+    def __init__(self, shape: tuple[int, int], shard_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
+        set_weight_attrs(self.weight, {"weight_loader": self._load})
+        self._shard_dim = shard_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, in) -> (T, out)."""
+        return F.linear(x, self.weight)
+
+    def _load(self, parameter: nn.Parameter, loaded: Tensor) -> None:
+        size = parameter.shape[self._shard_dim]
+        parameter.data.copy_(loaded.narrow(self._shard_dim, get_tensor_model_parallel_rank() * size, size))
+
 
 class _Expert(nn.Module):
-    """This rank's slice of one expert, as two rows of the stacked weights, so that checkpoints load by name."""
-
-    def __init__(self, up: Tensor, down: Tensor):
+    def __init__(self, up: nn.Module, down: nn.Module):
         super().__init__()
-        self.up_proj, self.down_proj = nn.Module(), nn.Module()
-        for projection, weight, shard_dim in ((self.up_proj, up, 0), (self.down_proj, down, 1)):
-            projection.weight = nn.Parameter(weight, requires_grad=False)
-            set_weight_attrs(projection.weight, {"weight_loader": _shard_loader(shard_dim)})
-
-
-def _shard_loader(dim: int):
-    """Copies this rank's part of a full tensor, cut along ``dim``."""
-
-    def load(parameter: nn.Parameter, loaded: Tensor) -> None:
-        size = parameter.shape[dim]
-        parameter.data.copy_(loaded.narrow(dim, get_tensor_model_parallel_rank() * size, size))
-
-    return load
+        self.up_proj, self.down_proj = up, down
 
 
 class CpuMoE(nn.Module):
     """Routed relu² experts plus a shared one; the router works in fp64 as NVIDIA's code does.
 
-    Experts are split over tensor-parallel ranks along their intermediate dimension. Quantised experts are refused.
+    Experts are split over tensor-parallel ranks along their intermediate dimension. Quantised ones stay so: no weights
+    are made of all of them.
     """
 
     def __init__(
@@ -53,8 +61,6 @@ class CpuMoE(nn.Module):
         prefix: str,
     ):
         super().__init__()
-        if quant_config is not None:
-            raise ValueError("quantization is not supported for the MoE layers of TwoTower models on CPUs")
         self.tp_size = get_tensor_model_parallel_world_size()
         width = divide(config.moe_intermediate_size, self.tp_size)
         self.num_experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
@@ -64,9 +70,18 @@ class CpuMoE(nn.Module):
         self.gate.e_score_correction_bias = nn.Parameter(
             torch.empty(self.num_experts, dtype=torch.float32), requires_grad=False
         )
+        quantization = quantization_of(getattr(config, "quantization_config", None))
+
+        def projection(name: str, shape: tuple[int, int], shard_dim: int) -> nn.Module:
+            kept = quantized_projection(quantization, f"{prefix}.experts.{name}", shape, shard_dim, self.tp_size)
+            return _Projection(shape, shard_dim) if kept is None else kept
+
         self.experts = nn.ModuleList(
-            _Expert(torch.empty(width, config.hidden_size), torch.empty(config.hidden_size, width))
-            for _ in range(self.num_experts)
+            _Expert(
+                projection(f"{i}.up_proj", (width, config.hidden_size), 0),
+                projection(f"{i}.down_proj", (config.hidden_size, width), 1),
+            )
+            for i in range(self.num_experts)
         )
         self.shared_experts = NemotronHMLP(
             config,
@@ -96,7 +111,7 @@ class CpuMoE(nn.Module):
         gathered, factors = hidden_states[rows], weights.flatten()[order].to(hidden_states.dtype)
         counts = experts.flatten().bincount(minlength=self.num_experts).tolist()
         outputs = [
-            F.linear(F.relu(F.linear(part, expert.up_proj.weight)).square_(), expert.down_proj.weight)
+            expert.down_proj(F.relu(expert.up_proj(part)).square_())
             for expert, part in zip(self.experts, gathered.split(counts), strict=True)
             if len(part)
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,14 +19,17 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, MambaStateShapes
 from vllm.model_executor.models.nemotron_h import NemotronHForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from vllm_twotower.architecture import TwoTowerConfig
+from vllm_twotower.architecture import TwoTowerConfig, tensor_shapes
 from vllm_twotower.checkpoint import WeightCheck
 from vllm_twotower.options import EngineOptions
+from vllm_twotower.quantization import quantization_of
 
 from .context import ContextMambaMixer, context_tower
 from .denoiser import CONTEXT_PREFIX, DENOISER_PREFIX, CanvasRows, DenoiserTower
+from .quantized_cpu import kept_tensors
 from .shared_memory import remove_group_names
 from .step_logits import OutputHead, StepLogits, logit_rows_per_tile
 from .time_conditioning import TimeConditioning
@@ -174,13 +178,18 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         Raises :class:`~vllm_twotower.architecture.CheckpointError` naming a missing, unexpected or wrongly shaped
         tensor.
         """
-        check = WeightCheck(self.checkpoint_config)
+        quantization = quantization_of(getattr(self.config, "quantization_config", None))
+        check = WeightCheck(self.checkpoint_config, quantization)
 
         def checked() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
                 check.see(name, tensor)
                 yield name, tensor
 
-        loaded = AutoWeightsLoader(self).load_weights(checked(), mapper=self.hf_to_vllm_mapper)
+        tensors = checked()
+        if quantization is not None and current_platform.is_cpu():
+            kept = partial(kept_tensors, quantization)
+            tensors = quantization.plain_tensors(tensors, tensor_shapes(self.checkpoint_config), kept)
+        loaded = AutoWeightsLoader(self).load_weights(tensors, mapper=self.hf_to_vllm_mapper)
         check.finish()
         return loaded

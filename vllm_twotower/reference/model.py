@@ -6,6 +6,7 @@ code generates (batch of one) and trains (batches of sequences, several blocks o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vllm_twotower.architecture import TwoTowerConfig
-from vllm_twotower.checkpoint import WeightCheck, read_tensors, write_tensors
+from vllm_twotower.architecture import TwoTowerConfig, tensor_shapes
+from vllm_twotower.checkpoint import WeightCheck, read_quantization, read_tensors, write_tensors
 from vllm_twotower.model.time_conditioning import TimestepEmbedder
 
 from .layers import (
@@ -149,11 +150,18 @@ class TwoTowerModel(nn.Module):
         cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> TwoTowerModel:
         """Loads a checkpoint folder strictly; raises :class:`~vllm_twotower.architecture.CheckpointError`."""
-        config = TwoTowerConfig.from_pretrained(folder)
-        check, tensors = WeightCheck(config), {}
-        for name, tensor in read_tensors(folder):
-            check.see(name, tensor)
-            tensors[name] = tensor.to(device, dtype)
+        config, quantization = TwoTowerConfig.from_pretrained(folder), read_quantization(folder)
+        check = WeightCheck(config, quantization)
+
+        def checked() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in read_tensors(folder):
+                check.see(name, tensor)
+                yield name, tensor
+
+        found = checked()
+        if quantization is not None:
+            found = quantization.plain_tensors(found, tensor_shapes(config))
+        tensors = {name: tensor.to(device, dtype) for name, tensor in found}
         check.finish()
         with torch.device("meta"):
             model = cls(config)
