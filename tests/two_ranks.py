@@ -1,7 +1,7 @@
 """Engines with two tensor-parallel ranks, in a process of their own: python two_ranks.py OUTPUT CHECKPOINT...
 
 Writes, for each of the checkpoints, the tokens of its golden runs, of autoregression, of random requests, of the
-trained model's problems, and what its ranks exchanged.
+trained model's problems, and what its ranks exchanged. A checkpoint may be a folder: then those of ``PROMPTS``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 TRAINED = ROOT / "models/tiny-twotower"
 PROBLEMS = [json.loads(line)["prompt"] for line in (TRAINED / "heldout.jsonl").read_text().splitlines()[:12]]
+PROMPTS = [list(range(4 + i, 30 + 2 * i)) for i in range(4)]
 MODES = ("ar", "mask_diffusion", "verified")
 
 
@@ -67,9 +68,9 @@ def main(output: Path, checkpoints: list[str]) -> None:
 
     results: dict[str, Any] = {}
     for name in checkpoints:
-        is_golden = name != "trained"
+        is_golden, is_folder = name in golden_data.CHECKPOINTS, Path(name).is_dir()
         llm = LLM(
-            str(golden_data.checkpoint(name) if is_golden else TRAINED),
+            name if is_folder else str(golden_data.checkpoint(name) if is_golden else TRAINED),
             dtype="float32",
             max_model_len=1024,
             max_num_seqs=8,
@@ -87,7 +88,10 @@ def main(output: Path, checkpoints: list[str]) -> None:
 
         found = results[name] = {}
         llm.collective_rpc(count_exchanges)
-        if is_golden:
+        if is_folder:
+            params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+            found["diffusion"] = generate(ids(PROMPTS), [params] * len(PROMPTS))
+        elif is_golden:
             runs = golden_data.diffusion_runs(name) + golden_data.diffusion_runs(name, "eos_runs")
             found["diffusion"] = generate(ids([run.prompt for run in runs]), [run.params() for run in runs])
             prompts = golden_data.prompts(name)

@@ -12,10 +12,11 @@ import golden_data
 import pytest
 from oracle import expected
 from serving import server_environment
-from two_ranks import MODES, PROBLEMS, TRAINED, random_requests, trained_params
+from two_ranks import MODES, PROBLEMS, PROMPTS, TRAINED, random_requests, trained_params
 from vllm.tokenizers import get_tokenizer
 
-from vllm_twotower.reference import TwoTowerModel
+from vllm_twotower.quantize import Recipe, quantize
+from vllm_twotower.reference import TwoTowerModel, generate_mask_diffusion
 
 CHECKPOINTS = ("B", "C", "trained")
 PROGRAM = Path(__file__).parents[1] / "two_ranks.py"
@@ -26,12 +27,15 @@ SCORES = 3
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two_ranks.py writes, by checkpoint."""
-    output = tmp_path_factory.mktemp("two-ranks") / "results.json"
-    command = [sys.executable, str(PROGRAM), str(output), *CHECKPOINTS]
+    folder = tmp_path_factory.mktemp("two-ranks")
+    output, quantized = folder / "results.json", folder / "quantized"
+    quantize(golden_data.checkpoint("B"), quantized, Recipe("int4", "fp8", 16))
+    command = [sys.executable, str(PROGRAM), str(output), *CHECKPOINTS, str(quantized)]
     process = subprocess.run(command, env=server_environment(), capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, (process.stdout + process.stderr)[-5000:]
     results = json.loads(output.read_text())
-    assert tuple(results) == CHECKPOINTS
+    results["quantized"] = {**results.pop(str(quantized)), "folder": quantized}
+    assert tuple(results) == (*CHECKPOINTS, "quantized")
     return results
 
 
@@ -50,6 +54,16 @@ def test_trained_model(results: dict[str, Any], mode: str) -> None:
         for problem in PROBLEMS
     ]
     assert results["trained"][mode] == want
+
+
+def test_quantized_experts(results: dict[str, Any]) -> None:
+    """Each rank has its part of their values, and of their groups' scales."""
+    model = TwoTowerModel.from_pretrained(results["quantized"]["folder"])
+    want = [
+        list(generate_mask_diffusion(model, prompt, 40, block_size=16, steps=16, gamma=0.8).tokens)
+        for prompt in PROMPTS
+    ]
+    assert results["quantized"]["diffusion"] == want
 
 
 def test_random_requests(results: dict[str, Any]) -> None:

@@ -149,7 +149,7 @@ def test_a_quantized_checkpoint_is_not_quantized_again(quantized: Path, tmp_path
 
 
 def test_the_recipes_that_come_along_fit_the_released_model() -> None:
-    """Every group of the released model's matrices is whole, and its experts are a quarter or half of what they were."""
+    """Every group of its matrices' inputs is whole."""
     import yaml
 
     config = TwoTowerConfig.from_dict(RELEASED_CONFIG)
