@@ -52,7 +52,7 @@ class TwoTowerCpuPlatform(CpuPlatform):
         backend, method = parallel.distributed_executor_backend, os.environ.get(_START_METHOD)
         super().check_and_update_config(vllm_config)
         if serves_two_tower(vllm_config.model_config):
-            vllm_config.quant_config = None  # experts stay quantised in our layers, the rest is made plain
+            vllm_config.quant_config = None  # experts of int8 and int4 stay so in our layers, the rest is made plain
             _choose_processes(vllm_config, backend, method)
             _bound_kv_cache(vllm_config)
         elif "ray" in (backend, parallel.data_parallel_backend):

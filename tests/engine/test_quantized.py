@@ -30,7 +30,7 @@ def test_tokens_are_those_of_the_weights(name: str, scheme: str, tmp_path: Path)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     with running_engine(folder) as llm:
         modules = llm.apply_model(lambda model: [type(module) for module in model.modules()])[0]
-        assert (QuantizedProjection in modules) == ("E" in model.config.pattern)
+        assert (QuantizedProjection in modules) == ("E" in model.config.pattern and scheme != "fp8")
         assert tokens_of(generate(llm, PROMPTS, [params] * len(PROMPTS))) == want
         assert_idle(llm)
 

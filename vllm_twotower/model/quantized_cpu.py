@@ -1,4 +1,4 @@
-"""Quantised matrices of experts on CPUs, multiplied by torch's own kernels or turned into weights one at a time."""
+"""Experts of int8 and int4 on CPUs, multiplied by torch's own kernels or turned into weights one at a time."""
 
 from __future__ import annotations
 
@@ -40,14 +40,16 @@ def quantized_projection(
 
 
 def kept_values(quantization: Quantization | None, module: str) -> QuantizationArgs | None:
-    """How an expert's weight is quantised; None for other modules, and for schemes that are turned into weights."""
+    """How an expert's weight is quantised; None for other modules, and for schemes that are turned into weights.
+
+    FP8 is one of these: torch turns it into other numbers so slowly on CPUs that products took twenty times as long.
+    """
     if not isinstance(quantization, CompressedTensors) or not EXPERT.fullmatch(module):
         return None
     scheme = quantization.scheme(module)
     if scheme is None or scheme.weights.strategy not in ("channel", "group") or not scheme.weights.symmetric:
         return None
-    kinds = {("int", 4), ("int", 8), ("float", 8)}
-    return scheme.weights if (scheme.weights.type, scheme.weights.num_bits) in kinds else None
+    return scheme.weights if scheme.weights.type == "int" and scheme.weights.num_bits in (4, 8) else None
 
 
 def kept_tensors(quantization: Quantization, module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -63,7 +65,7 @@ def kept_tensors(quantization: Quantization, module: str, tensors: Mapping[str, 
 
 
 class QuantizedProjection(nn.Module):
-    """A matrix (out, in) of int8, int4 or fp8 values with a scale for each of the ``groups`` of an output's inputs.
+    """A matrix (out, in) of values of 8 or 4 bits with a scale for each of the ``groups`` of an output's inputs.
 
     Values of 4 bits are packed as torch's kernel wants them, if it takes their shape.
     """
@@ -73,12 +75,9 @@ class QuantizedProjection(nn.Module):
         self._shape, self._groups, self._shard_dim = shape, groups, shard_dim
         self._group_size = shape[1] // groups
         self._is_packed = args.num_bits == 4 and self._group_size in INT4_GROUPS and shape[0] % 16 == 0
-        self._is_int8 = args.num_bits == 8 and args.type == "int" and groups == 1
-        if self._is_packed:
-            weight = _packed(torch.zeros(shape, dtype=torch.int8))
-        else:
-            weight = torch.zeros(shape, dtype=torch.int8 if args.type == "int" else torch.float8_e4m3fn)
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._is_int8 = args.num_bits == 8 and groups == 1
+        weight = torch.zeros(shape, dtype=torch.int8)
+        self.weight = nn.Parameter(_packed(weight) if self._is_packed else weight, requires_grad=False)
         self.weight_scale = nn.Parameter(torch.empty(shape[0], groups), requires_grad=False)
         set_weight_attrs(self.weight, {"weight_loader": self._load_values})
         set_weight_attrs(self.weight_scale, {"weight_loader": self._load_scale})
