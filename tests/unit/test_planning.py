@@ -216,21 +216,20 @@ def test_all_reduces_of_tensor_parallel_gpus() -> None:
     assert CostModel(RELEASED, hardware).pass_cost("context", 1, 10, 0, 0).link_seconds == 0
 
 
-def test_blocks_that_are_finished_together_cost_one_commit(h200: CostModel) -> None:
-    load = Load(64, 1000, FIVE, passes_per_step=5)
-    expected = 5 * h200.denoiser_pass(64, 1000).seconds + h200.commit_pass(64, 1000).seconds
-    assert h200.block_seconds("mask_diffusion", load) == pytest.approx(expected)
-    assert h200.block_seconds("mask_diffusion", load._replace(passes_per_step=1)) > 1.5 * expected
+def test_commits_of_many_requests_are_apart(h200: CostModel) -> None:
+    load = Load(64, 1000, FIVE)
+    together = 5 * h200.denoiser_pass(64, 1000).seconds + h200.commit_pass(64, 1000).seconds
+    assert h200.block_seconds("mask_diffusion", load) > 1.5 * together
     assert h200.block_seconds("ar", load) == pytest.approx(16 * h200.ar_pass(64, 1000).seconds)
 
 
-def test_one_request_costs_the_same_together_and_apart(h200: CostModel) -> None:
-    together, apart = (h200.block_seconds("mask_diffusion", Load(1, 1000, FIVE, passes_per_step=k)) for k in (5, 1))
-    assert apart == pytest.approx(together)
+def test_a_block_of_one_request(h200: CostModel) -> None:
+    expected = 5 * h200.denoiser_pass(1, 1000).seconds + h200.commit_pass(1, 1000).seconds
+    assert h200.block_seconds("mask_diffusion", Load(1, 1000, FIVE)) == pytest.approx(expected)
 
 
 def test_window_of_diffusion(h200: CostModel) -> None:
-    """Its ends are where the faster mode changes; commits together widen it, as cheaper experts do."""
+    """Its ends are where the faster mode changes."""
     load = Load(1, 1000, FIVE)
     [(first, last)] = h200.crossovers(load)
     faster = {
@@ -239,8 +238,6 @@ def test_window_of_diffusion(h200: CostModel) -> None:
         for n in (first - 1, first, last, last + 1)
     }
     assert list(faster.values()) == [False, True, True, False]
-    [(together_first, together_last)] = h200.crossovers(load._replace(passes_per_step=5))
-    assert together_first < first < last < together_last
     assert h200.crossovers(load._replace(steps_per_block=StepsPerBlock.of_mean(16))) == []
 
 
@@ -480,40 +477,20 @@ def test_auto_steps_end_with_the_first_block(h200: CostModel) -> None:
     assert blocks / 2 <= result.engine_steps <= blocks + 4
 
 
-@pytest.mark.parametrize(
-    ("mode", "passes_per_step", "prompt_tokens"),
-    [
-        ("ar", 1, 512),
-        ("verified", 1, 32),
-        ("verified", 1, 512),
-        ("mask_diffusion", 1, 32),
-        ("mask_diffusion", 1, 512),
-        ("mask_diffusion", 4, 32),
-    ],
-)
-def test_formulas_agree_with_the_simulation(
-    h200: CostModel, mode: str, passes_per_step: int, prompt_tokens: int
-) -> None:
+@pytest.mark.parametrize("prompt_tokens", [32, 512])
+@pytest.mark.parametrize("mode", ["ar", "verified", "mask_diffusion"])
+def test_formulas_agree_with_the_simulation(h200: CostModel, mode: str, prompt_tokens: int) -> None:
     for num_open in (1, 8, 24, 128):
         result = simulate(
             h200,
             Traffic(num_open, STEPS, prompt_tokens, draft_steps=2, accepted=ACCEPTED),
             mode,
-            passes_per_step=passes_per_step,
             warm_up_requests=4 * num_open,
             measured_requests=max(120, 2 * num_open),
         )
-        load = Load(num_open, prompt_tokens + 64, STEPS, passes_per_step, prompt_tokens, 128, 2, ACCEPTED)
+        load = Load(num_open, prompt_tokens + 64, STEPS, prompt_tokens, 128, 2, ACCEPTED)
         predicted = h200.tokens_per_second(mode, load)
         assert predicted == pytest.approx(result.tokens_per_second, rel=0.07), num_open
-
-
-def test_passes_of_a_step_by_hand() -> None:
-    """Blocks of 1 and 3 passes, two a step: 1.5 steps; 0.5 of 1 + 0.5 of 2 first passes, 0.5 of 1 second passes."""
-    steps, first, second = StepsPerBlock((1, 3), (0.5, 0.5)).in_steps_of(2)
-    assert (steps, first, second) == pytest.approx((1.5, 1.0, 0.5 / 1.5))
-    assert STEPS.in_steps_of(1) == pytest.approx((STEPS.mean, 1.0))
-    assert sum(STEPS.in_steps_of(16)[1:]) == pytest.approx(STEPS.mean)
 
 
 # --- The command
@@ -550,6 +527,18 @@ def test_plan_as_json(capsys: pytest.CaptureFixture[str], h200: CostModel) -> No
     found = [tuple(window) for window in out["faster_than_ar"]["mask_diffusion"]]
     assert found == h200.crossovers(Load(1, 1000, FIVE))
     assert all(row["max_requests"] > 0 for row in out["memory"])
+
+
+def test_prompts_are_read_meanwhile(capsys: pytest.CaptureFixture[str], h200: CostModel) -> None:
+    arguments = ("--text", "arithmetic", "--batch-sizes", "64", "--prompt-tokens", "512", "--output-tokens", "128")
+    [row] = json.loads(plan(capsys, *arguments, "--json"))["loads"]
+    load = Load(64, 1024, steps_of_text("arithmetic"), 512, 128)
+    assert row["tokens_per_second"]["mask_diffusion"] == h200.tokens_per_second("mask_diffusion", load)
+    assert row["tokens_per_second"]["mask_diffusion"] < h200.tokens_per_second(
+        "mask_diffusion", load._replace(prompt_tokens=0)
+    )
+    with pytest.raises(SystemExit, match="argument --prompt-tokens: 512 are read for every --output-tokens"):
+        plan(capsys, "--prompt-tokens", "512")
 
 
 def test_plan_as_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

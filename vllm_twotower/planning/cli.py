@@ -115,6 +115,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-sizes", type=_whole, nargs="+", default=[1, 8, 16, 32, 64, 128, 256, 512], metavar="N",
         help="numbers of open requests (default: 1 8 16 ... 512)")  # fmt: skip
     add("--context", type=_whole, default=1024, metavar="TOKENS", help="of each request (default: %(default)s)")
+    add("--prompt-tokens", type=_whole, default=0, metavar="N", help="of a new prompt that is read for every "
+        "--output-tokens tokens (default: no request ends)")  # fmt: skip
+    add("--output-tokens", type=_whole, default=inf, metavar="N", help="that a request generates (default: no end)")
     _add_hardware(parser)
 
 
@@ -139,6 +142,11 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from vllm_twotower.architecture import CheckpointError, TwoTowerConfig
 
+    if args.prompt_tokens and args.output_tokens == inf:
+        raise SystemExit(
+            f"vllm-twotower plan: error: argument --prompt-tokens: {args.prompt_tokens} are read for every "
+            "--output-tokens generated: give both"
+        )
     try:
         config = TwoTowerConfig.from_dict(args.model)
         if args.calibration:
@@ -193,7 +201,7 @@ def _models(config: TwoTowerConfig, args: argparse.Namespace) -> Callable[[int],
 def _load(config: TwoTowerConfig, args: argparse.Namespace) -> Load:
     steps, most = args.steps_per_block or steps_of_text(args.text, args.threshold), config.canvas_length - 1
     accepted = expected_accepted(steps, most) if args.accepted is None else AcceptedTokens.of_mean(args.accepted, most)
-    return Load(1, args.context, steps, draft_steps=args.draft_steps, accepted=accepted)
+    return Load(1, args.context, steps, args.prompt_tokens, args.output_tokens, args.draft_steps, accepted)
 
 
 def make_recommendation(config: TwoTowerConfig, args: argparse.Namespace) -> dict[str, Any]:

@@ -62,15 +62,14 @@ class Load(NamedTuple):
     """What a server has to do, on average.
 
     ``num_open`` requests with ``context_len`` tokens in the caches fill blocks in ``steps_per_block`` denoiser passes,
-    of which an engine step makes up to ``passes_per_step``. New prompts are read meanwhile: ``prompt_tokens`` for every
-    ``output_tokens`` tokens generated; by default no request ever ends. Verified blocks are drafted in ``draft_steps``
-    passes, and ``accepted`` tokens of a draft are right.
+    one in an engine step. New prompts are read meanwhile: ``prompt_tokens`` for every ``output_tokens`` tokens
+    generated; by default no request ever ends. Verified blocks are drafted in ``draft_steps`` passes, and ``accepted``
+    tokens of a draft are right.
     """
 
     num_open: float
     context_len: float
     steps_per_block: StepsPerBlock
-    passes_per_step: int = 1
     prompt_tokens: float = 0.0
     output_tokens: float = inf
     draft_steps: int = 1
@@ -138,8 +137,8 @@ class CostModel:
         first, each = self._left_out(tokens / rows)
         return self.size.num_experts * (1 - first * each**rows)
 
-    def _blocks_pass_seconds(self, tower: Tower, batch: float, probability: float, context_len: float) -> float:
-        """Mean seconds of a pass over the blocks of ``batch`` requests, each there with ``probability``; 0 if none is.
+    def _commits_seconds(self, batch: float, probability: float, context_len: float) -> float:
+        """Mean seconds for the blocks of ``batch`` requests, each finished with ``probability``; 0 if none is.
 
         The mean number of rows stands for all but the experts they touch: the first rows touch the most, so that the
         mean number of them would touch more.
@@ -152,8 +151,7 @@ class CostModel:
         experts = self.size.num_experts * (1 - first * (left_out - none) / (1 - none))
         rows = batch * probability / (1 - none)
         tokens = rows * self.canvas_length
-        head_rows = tokens if tower == "denoiser" else 0
-        return (1 - none) * self._pass_cost(tower, rows, tokens, rows * context_len, head_rows, experts).seconds
+        return (1 - none) * self._pass_cost("context", rows, tokens, rows * context_len, 0, experts).seconds
 
     def pass_cost(self, tower: Tower, rows: float, tokens: float, context_tokens: float, head_rows: float) -> PassCost:
         """One run of ``tower`` over ``rows`` requests with ``tokens`` tokens in all.
@@ -254,25 +252,22 @@ class CostModel:
         """A request goes through s steps a block; its last block is not committed.
 
         Requests are in different phases. In a step, the context tower commits whatever was finished in the step before,
-        and reads what prompts there are; then the denoiser makes one pass after the other over the canvases that are
-        not finished yet, those of new prompts too.
+        and reads what prompts there are; then the denoiser makes a pass over all canvases, those of new prompts too.
         """
         batch, context_len = load.num_open, load.context_len
-        steps, *unfinished = load.steps_per_block.in_steps_of(load.passes_per_step)
+        steps = load.steps_per_block.mean
         prompts_per_block = min(1.0, self.canvas_length / load.output_tokens)
         starts, commits = prompts_per_block / steps, (1 - prompts_per_block) / steps  # of a request, in a step
         some_start = 1 - (1 - starts) ** batch
         step = self.hardware.seconds_per_step
         if commits:
-            step += (1 - some_start) * self._blocks_pass_seconds("context", batch, commits / (1 - starts), context_len)
+            step += (1 - some_start) * self._commits_seconds(batch, commits / (1 - starts), context_len)
         if some_start:
             starting, committing = batch * starts / some_start, batch * commits
             tokens = starting * load.prompt_tokens + committing * self.canvas_length
             context_tokens = committing * context_len
             step += some_start * self.pass_cost("context", starting + committing, tokens, context_tokens, 0).seconds
-        for share in unfinished:
-            step += self._blocks_pass_seconds("denoiser", batch, share, context_len)
-        return steps * step
+        return steps * (step + self.denoiser_pass(batch, context_len).seconds)
 
     def tokens_per_second(self, mode: PlannedMode, load: Load) -> float:
         """Tokens/s of all open requests together."""

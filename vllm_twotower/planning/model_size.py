@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -70,29 +71,12 @@ class ModelSize:
         Norms, routers and the time conditioning are replicated, KV heads where there are more GPUs than heads; all
         other tensors are divided.
         """
-        from vllm_twotower.architecture import tensor_shapes
-
         check_tensor_parallel_size(config, tensor_parallel_size)
         key_value_shards = min(tensor_parallel_size, config.num_key_value_heads)
-        dense = linear = embedding = head = experts = time = 0.0
-        for name, shape in tensor_shapes(config).items():
-            count, shards = prod(shape), tensor_parallel_size
-            if name.startswith(("context_tower.", "context_lm_head.")):
-                continue  # the same again
-            if name.startswith("lm_head."):
-                head += count / shards
-            elif not name.startswith("denoiser_tower."):
-                time += count
-            elif ".embeddings." in name:
-                embedding += count / shards
-            elif ".experts." in name:
-                experts += count / shards
-            elif ".gate." in name or name.endswith((".norm_f.weight",)) or ".mixer." not in name:
-                dense += count
-            else:
-                share = count / (key_value_shards if ".k_proj." in name or ".v_proj." in name else shards)
-                dense += share
-                linear += share if name.endswith("_proj.weight") else 0.0
+        parameters = _parameters(config, tensor_parallel_size, key_value_shards)
+        dense, linear, embedding, head, experts, time = (
+            parameters[part] for part in ("dense", "linear", "embedding", "head", "experts", "time")
+        )
         num_moe_layers = config.pattern.count("E")
         expert = experts / (num_moe_layers * config.n_routed_experts) if num_moe_layers else 0.0
         key_value_width = 2 * config.num_key_value_heads * config.head_dim / key_value_shards
@@ -130,6 +114,32 @@ class ModelSize:
     def request_bytes(self, context_len: int) -> float:
         """What a request of ``context_len`` tokens holds: one state a Mamba layer and its pages."""
         return self.state_bytes + context_len * self.kv_bytes_per_token
+
+
+def _parameters(config: TwoTowerConfig, shards: int, key_value_shards: int) -> Counter[str]:
+    """Parameters of one tower on a GPU by part; ``linear`` is a part of ``dense``."""
+    from vllm_twotower.architecture import tensor_shapes
+
+    found: Counter[str] = Counter()
+    for name, shape in tensor_shapes(config).items():
+        count = prod(shape)
+        if name.startswith(("context_tower.", "context_lm_head.")):
+            continue  # the same again
+        if name.startswith("lm_head."):
+            found["head"] += count / shards
+        elif not name.startswith("denoiser_tower."):
+            found["time"] += count
+        elif ".embeddings." in name:
+            found["embedding"] += count / shards
+        elif ".experts." in name:
+            found["experts"] += count / shards
+        elif ".gate." in name or name.endswith(".norm_f.weight") or ".mixer." not in name:
+            found["dense"] += count
+        else:
+            share = count / (key_value_shards if ".k_proj." in name or ".v_proj." in name else shards)
+            found["dense"] += share
+            found["linear"] += share if name.endswith("_proj.weight") else 0
+    return found
 
 
 def _conv_channels(config: TwoTowerConfig, tensor_parallel_size: int) -> float:
