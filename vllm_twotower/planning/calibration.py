@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class Program(NamedTuple):
-    """How a program runs a tower: launches a layer (about), a loop in Python over experts, a scan token by token."""
+    """How a program runs a tower: launches a layer (about), a loop in Python over experts, a scan token by token.
+
+    Hugging Face's 48 are counted in the repository for two GB10 below; vLLM's 28 and MLX's 48 are estimates.
+    """
 
     launches_per_layer: int
     loops_over_experts: bool = False
@@ -29,7 +32,7 @@ class Program(NamedTuple):
         """Launches of a pass.
 
         The loop takes 3 for every expert, to find its tokens, and 8 more for one that has any; the scan 8 a token,
-        where there is more than one. Counted in modeling_nemotron_h.py and tt_kernels.py of the repository below.
+        where there is more than one. Counted in modeling_nemotron_h.py and tt_kernels.py of the same repository.
         """
         count = float(self.launches_per_layer * len(config.pattern))
         if self.loops_over_experts:
@@ -86,7 +89,7 @@ PUBLISHED = {
         ],
     ),
     # github.com/drowzeys/Keys-NVIDIA-Two-Tower-Diffusion--dual-dgx-spark: profile in data/optimized_results.json;
-    # with vLLM: github.com/drowzeys/Keys-NVIDIA-Two-Tower-AR--single-dgx-spark
+    # with vLLM, the context tower alone: github.com/drowzeys/Keys-NVIDIA-Two-Tower-AR--single-dgx-spark
     "GB10": (
         DEVICES["GB10"],
         [
@@ -99,7 +102,8 @@ PUBLISHED = {
             Published("prompt of 256K tokens", 186, [Passes("prompt", prompt_tokens=2**18)], VLLM_EAGER, off=_PREFILL),
         ],
     ),
-    # The first repository for GB10, whole runs: the time of all tokens by their number, or by that of denoiser passes.
+    # The first repository for GB10, whole runs in data/nvfp4_results.json and optimized_results.json: the time of all
+    # tokens by their number, or by that of denoiser passes.
     "2 x GB10, a tower each": (
         DEVICES["GB10"],
         [
@@ -114,7 +118,7 @@ PUBLISHED = {
             ),
         ],
     ),
-    # Published with a port to MLX.
+    # A port to MLX; its repository is not known.
     "M3 Ultra": (
         M3_ULTRA,
         [

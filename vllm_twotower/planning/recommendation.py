@@ -10,7 +10,8 @@ from .cost_model import CostModel, Load, PlannedMode
 from .texts import FORCED_TOKENS_PER_PASS, OPEN_PASSES, steps_of_text
 
 UNSURE = 1.25
-"""The planner is off by up to a quarter on published times (``calibration.py``): closer modes are not told apart."""
+"""Modes that are closer are not told apart: on published times the planner is off by nearly a fifth
+(``calibration.py``)."""
 
 ONLINE = {
     "fp8": "--quantization fp8_per_channel",
