@@ -581,6 +581,10 @@ def test_calibration_as_table_and_json(capsys: pytest.CaptureFixture[str]) -> No
             "8 --hardware GB10 --text humaneval --experts-dtype fp8 --linear-dtype fp8 --threshold 0.9",
             ["Cards: 1 x GB10", "--quantization fp8_per_channel", '"confidence_threshold": 0.9', "not been tried"],
         ),
+        (
+            "1 --hardware H100 --text arithmetic --pass-overhead 7",
+            ["Mode: mask_diffusion.", "Figures are for 7 ms a pass"],
+        ),
         ("4 --hardware L40S --memory 10", ["does not fit: its weights take 15.9 GB on each of 8 x L40S"]),
         ("5000 --hardware L40S --context 8192", ["so 4,", "of 5,000 wait"]),
         ("8 --hardware RTX-PRO-6000 --experts-dtype nvfp4", ["Cards: 1 x RTX-PRO-6000", "need a checkpoint made so"]),

@@ -76,7 +76,8 @@ def recommend(question: Question, model_with: Callable[[int], CostModel], sizes:
         f"Passes: leave diffusion_max_steps at 16. {_forced()}",
         f"Start: {answer['command']}",
         *_quantisation(question),
-        "All figures are of an ideal engine; --pass-overhead adds what a pass costs beside them.",
+        f"Figures are for {model.hardware.seconds_per_context_pass * 1e3:g} ms a pass beside memory and arithmetic "
+        "(--pass-overhead; an ideal engine has 0). The more it is, the better for blocks.",
     ]
     return answer | {"text": "\n".join(lines)}
 
