@@ -26,7 +26,6 @@ from summary import Summary
 
 from vllm_twotower.architecture import TwoTowerConfig
 from vllm_twotower.offline import fastest_dtype
-from vllm_twotower.planning.cli import DTYPE_BYTES
 from vllm_twotower.planning.cost_model import CostModel, PassCost
 from vllm_twotower.planning.fit import HardwareFit, work
 from vllm_twotower.planning.hardware import Hardware
@@ -116,12 +115,12 @@ def main() -> None:
         for runs in zip(*rounds[1:], strict=True)  # the first one warms up
     ]
 
-    fit, unfitted = HardwareFit(CPU), CostModel(config, CPU, dtype_bytes=DTYPE_BYTES[args.dtype])
+    fit, unfitted = HardwareFit(CPU), CostModel(config, CPU, dtype=args.dtype)
     for run in measurements:
         if run.batch in args.fit_on:
             fit.add(work(CPU, run.steps, run.passes(unfitted)), run.seconds)
     hardware = fit.hardware()
-    model = CostModel(config, hardware, dtype_bytes=DTYPE_BYTES[args.dtype])
+    model = CostModel(config, hardware, dtype=args.dtype)
     print_hardware(hardware)
     print_lock_step(model, measurements, args.fit_on)
     print_closed_loops(llm, model, prompts, variants, args.predict, Summary(args.summary))

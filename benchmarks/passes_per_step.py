@@ -14,9 +14,8 @@ from vllm_twotower.planning.cost_model import CostModel
 from vllm_twotower.planning.hardware import DEVICES
 from vllm_twotower.planning.released import RELEASED_CONFIG
 from vllm_twotower.planning.simulator import Traffic, simulate
-from vllm_twotower.planning.steps_per_block import StepsPerBlock
+from vllm_twotower.planning.texts import MEAN_PASSES, steps_of_text
 
-STEPS = StepsPerBlock((2, 3, 4, 5, 6, 7, 8), (0.1, 0.15, 0.2, 0.2, 0.15, 0.1, 0.1))
 LIMITS = (1, 2, 4, "auto")
 
 
@@ -24,6 +23,7 @@ def main() -> None:
     """Simulates and prints one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hardware", choices=DEVICES, default="H200")
+    parser.add_argument("--text", choices=MEAN_PASSES, default="arithmetic")
     parser.add_argument("--open", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 256])
     args = parser.parse_args()
 
@@ -31,7 +31,7 @@ def main() -> None:
     names = [f"{limit} a step" if limit != "auto" else limit for limit in LIMITS]
     print(f"| open requests | {' | '.join(names)} |\n|{'---|' * (1 + len(names))}")
     for num_open in args.open:
-        traffic = Traffic(num_open, STEPS, prompt_tokens=512, output_blocks=16)
+        traffic = Traffic(num_open, steps_of_text(args.text), prompt_tokens=512, output_blocks=16)
         length = {"warm_up_requests": num_open, "measured_requests": max(48, num_open)}
         ar = simulate(model, traffic, "ar", **length).tokens_per_second
         ratios = [simulate(model, traffic, "mask_diffusion", passes_per_step=limit, **length) for limit in LIMITS]

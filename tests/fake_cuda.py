@@ -119,7 +119,7 @@ def selected(checkpoint: str, dtype: str) -> str:
 
 
 found = []
-for capability in ((8, 0), (9, 0), (10, 0), (12, 0), (12, 1)):
+for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)):
     for dtype in ("bfloat16", "float32"):
         Gpu.capability = DeviceCapability(*capability)
         for name in ("TRITON_F32_DEFAULT", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"):

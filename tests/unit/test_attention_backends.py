@@ -30,7 +30,7 @@ def test_every_gpu_gets_a_backend_that_writes_the_canvas(configured: tuple[list,
     """On sm_100 vLLM prefers FlashInfer for causal models, which drops the denoiser's keys and values."""
     assert configured[0] == [
         [*capability, dtype, backend, precision, precision is not None]
-        for capability in ((8, 0), (9, 0), (10, 0), (12, 0), (12, 1))
+        for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
         for dtype, backend, precision in (("bfloat16", "FLASH_ATTN", None), ("float32", "TRITON_ATTN", "ieee"))
     ]
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .steps_per_block import StepsPerBlock
+
 
 @dataclass(frozen=True)
 class AcceptedTokens:
@@ -43,3 +45,8 @@ class AcceptedTokens:
         """Accepted tokens of so many drafts (count,)."""
         shares = np.array(self.shares)
         return random.choice(len(shares), count, p=shares / shares.sum())
+
+
+def expected_accepted(steps_per_block: StepsPerBlock, most: int) -> AcceptedTokens:
+    """As many tokens of a draft as a denoiser pass commits on average. An assumption: nobody has measured it."""
+    return AcceptedTokens.of_mean(min(most, (most + 1) / steps_per_block.mean), most)

@@ -6,13 +6,12 @@ plain Python on floats, some microseconds each.
 
 from __future__ import annotations
 
-from copy import copy
 from math import inf
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .accepted_tokens import AcceptedTokens
 from .hardware import Hardware
-from .model_size import ModelSize
+from .model_size import WEIGHT_BYTES, ModelSize
 from .steps_per_block import StepsPerBlock
 
 if TYPE_CHECKING:
@@ -21,12 +20,28 @@ if TYPE_CHECKING:
 Tower = Literal["context", "denoiser"]
 PlannedMode = Literal["ar", "mask_diffusion", "verified"]
 
+USABLE_MEMORY = 0.9
+"""Share of a GPU's memory for weights and caches; vLLM's default of --gpu-memory-utilization is 0.92."""
+
+TOKENS_OF_ONE_REQUEST = 0.675
+"""n tokens of one request touch as many experts as n ** 0.675 tokens that are routed independently.
+
+From 210 denoiser passes of the released model, 23 layers each (github.com/junze-eng/twotower-repro, trace_moe.pkl):
+6, 9.57, 15.4, 23.7 and 34.3 of 128 experts for 1, 2, 4, 8 and 16 tokens of a canvas."""
+
+SHARED_BY_REQUESTS = 0.5
+"""Of what the tokens of a request add to its first one, the share that all requests of a pass have in common.
+
+From the same passes: 51.2 and 71.7 experts for 2 and 4 canvases. Of 8 and 16 canvases the trace has 89.1 and 102, and
+the formula 101 and 122; its canvases are of 3 prompts only, so that their unions are low."""
+
 
 class PassCost(NamedTuple):
     """One run of one tower: bytes read and written, FLOPs, and the seconds they take with every overhead.
 
     ``weight_bytes`` are of the experts really touched, the rest of the tower, and the head if any row needs it.
-    ``link_seconds`` (in ``seconds``) is the time of the all-reduces.
+    ``link_seconds`` (in ``seconds``) is the time of the all-reduces. Products in a faster dtype than bf16 count in
+    ``flops`` for as many as take the same time in bf16.
     """
 
     tower: Tower
@@ -47,19 +62,16 @@ class Load(NamedTuple):
     """What a server has to do, on average.
 
     ``num_open`` requests with ``context_len`` tokens in the caches fill blocks in ``steps_per_block`` denoiser passes,
-    of which an engine step makes up to ``passes_per_step``. New prompts are read meanwhile: ``prompt_tokens`` for every
-    ``output_tokens`` tokens generated; by default no request ever ends. Of a block's tokens the share ``block_use`` is
-    returned on average: a text that ends in a block leaves the rest unused. Verified blocks are drafted in
-    ``draft_steps`` passes, and ``accepted`` tokens of a draft are right.
+    one in an engine step. New prompts are read meanwhile: ``prompt_tokens`` for every ``output_tokens`` tokens
+    generated; by default no request ever ends. Verified blocks are drafted in ``draft_steps`` passes, and ``accepted``
+    tokens of a draft are right.
     """
 
     num_open: float
     context_len: float
     steps_per_block: StepsPerBlock
-    passes_per_step: int = 1
     prompt_tokens: float = 0.0
     output_tokens: float = inf
-    block_use: float = 1.0
     draft_steps: int = 1
     accepted: AcceptedTokens = AcceptedTokens((1.0,))
 
@@ -67,10 +79,8 @@ class Load(NamedTuple):
 class CostModel:
     """Predicts the seconds of passes, steps and blocks of one model on one kind of hardware.
 
-    ``dtype_bytes`` is the size of a weight, a key and an activation, ``expert_dtype_bytes`` that of a routed expert's
-    weight (FP8: 1, 4 bits: 0.5; default ``dtype_bytes``), ``ssm_dtype_bytes`` that of an SSM state's element.
-    ``routing_correlation`` (0 to 1) says how much the tokens of a pass agree on their experts: 0, each draws its own;
-    1, all take the same.
+    ``dtype`` (a key of ``WEIGHT_BYTES``) is that of activations, keys and values, and of all weights but those of
+    ``linear_dtype`` and ``experts_dtype``: projections and shared experts, and routed experts.
     """
 
     def __init__(
@@ -79,25 +89,31 @@ class CostModel:
         hardware: Hardware,
         *,
         tensor_parallel_size: int = 1,
-        dtype_bytes: float = 2,
-        expert_dtype_bytes: float | None = None,
-        ssm_dtype_bytes: float = 4,
-        routing_correlation: float = 0.0,
+        dtype: str = "bfloat16",
+        linear_dtype: str | None = None,
+        experts_dtype: str | None = None,
+        ssm_dtype: str = "float32",
     ):
-        if not 0 <= routing_correlation <= 1:
-            raise ValueError(f"routing_correlation is {routing_correlation}: it must lie in 0 ... 1")
+        linear_dtype, experts_dtype = linear_dtype or dtype, experts_dtype or dtype
+        dtype_bytes = WEIGHT_BYTES[dtype]
         self.hardware = hardware
         self.canvas_length = config.canvas_length
         self.size = ModelSize.of(
-            config, tensor_parallel_size, dtype_bytes, expert_dtype_bytes or dtype_bytes, ssm_dtype_bytes
+            config,
+            tensor_parallel_size,
+            dtype_bytes,
+            WEIGHT_BYTES[experts_dtype],
+            WEIGHT_BYTES[ssm_dtype],
+            WEIGHT_BYTES[linear_dtype],
         )
-        skipped = 1 - config.num_experts_per_tok / self.size.num_experts if self.size.num_experts else 1.0
-        # The share of experts that T tokens leave out is first * each**T.
-        self._left_out_first, self._left_out_each = skipped**routing_correlation, skipped ** (1 - routing_correlation)
+        self._skipped = 1 - config.num_experts_per_tok / self.size.num_experts if self.size.num_experts else 1.0
+        self._left_out_block = self._left_out(self.canvas_length)
+        linear, experts = (1 / hardware.speedups.get(name, 1.0) for name in (linear_dtype, experts_dtype))
         active_experts = self.size.num_moe_layers * config.num_experts_per_tok * self.size.expert_parameters
         # A state element is decayed, fed (a product and a sum) and read (again both): 5 FLOPs a token.
         states = config.pattern.count("M") * config.mamba_intermediate_size * config.ssm_state_size
-        self._flops_per_token = 2 * (self.size.dense_parameters + active_experts) + 5 * states / tensor_parallel_size
+        dense = self.size.dense_parameters - self.size.linear_parameters * (1 - linear)
+        self._flops_per_token = 2 * (dense + experts * active_experts) + 5 * states / tensor_parallel_size
         query_width = config.num_attention_heads * config.head_dim / tensor_parallel_size
         self._flops_per_token_and_key = 4 * config.pattern.count("*") * query_width
         # A sum over the GPUs after the embedding and after every layer.
@@ -106,21 +122,23 @@ class CostModel:
         ring = 2 * (tensor_parallel_size - 1) / tensor_parallel_size
         self._link_seconds_per_token = num_sums * ring * config.hidden_size * dtype_bytes / hardware.link_bandwidth
 
-    def on(self, hardware: Hardware) -> CostModel:
-        """The same model on other hardware with the same links, such as newly fitted one; cheaper than a new one."""
-        other = copy(self)
-        other.hardware = hardware
-        return other
+    def _left_out(self, tokens: float) -> tuple[float, float]:
+        """``first`` and ``each``: R requests with ``tokens`` tokens each leave out first * each**R of the experts."""
+        effective = tokens**TOKENS_OF_ONE_REQUEST
+        shared = SHARED_BY_REQUESTS * (effective - 1)
+        return self._skipped**shared, self._skipped ** (effective - shared)
 
-    def experts_touched(self, tokens: float) -> float:
-        """Distinct experts of a layer that ``tokens`` tokens are routed to, on average: E (1 - (1 - k/E)^T).
+    def experts_touched(self, rows: float, tokens: float) -> float:
+        """Distinct experts of a layer that ``rows`` requests with ``tokens`` tokens in all are routed to, on average.
 
-        With correlated routing T counts the first token and the uncorrelated share of the others.
+        E (1 - (1 - k/E)^T) of T independent tokens: T = R n^a - (R - 1) s (n^a - 1) for R requests of n tokens, with
+        a = :data:`TOKENS_OF_ONE_REQUEST` and s = :data:`SHARED_BY_REQUESTS`. Single tokens of R requests are T = R.
         """
-        return self.size.num_experts * (1 - self._left_out_first * self._left_out_each**tokens)
+        first, each = self._left_out(tokens / rows)
+        return self.size.num_experts * (1 - first * each**rows)
 
-    def _blocks_pass_seconds(self, tower: Tower, batch: float, probability: float, context_len: float) -> float:
-        """Mean seconds of a pass over the blocks of ``batch`` requests, each there with ``probability``; 0 if none is.
+    def _commits_seconds(self, batch: float, probability: float, context_len: float) -> float:
+        """Mean seconds for the blocks of ``batch`` requests, each finished with ``probability``; 0 if none is.
 
         The mean number of rows stands for all but the experts they touch: the first rows touch the most, so that the
         mean number of them would touch more.
@@ -128,12 +146,12 @@ class CostModel:
         none = (1 - probability) ** batch
         if none == 1:
             return 0.0
-        left_out = (1 - probability + probability * self._left_out_each**self.canvas_length) ** batch
-        experts = self.size.num_experts * (1 - self._left_out_first * (left_out - none) / (1 - none))
+        first, each = self._left_out_block
+        left_out = (1 - probability + probability * each) ** batch
+        experts = self.size.num_experts * (1 - first * (left_out - none) / (1 - none))
         rows = batch * probability / (1 - none)
         tokens = rows * self.canvas_length
-        head_rows = tokens if tower == "denoiser" else 0
-        return (1 - none) * self._pass_cost(tower, rows, tokens, rows * context_len, head_rows, experts).seconds
+        return (1 - none) * self._pass_cost("context", rows, tokens, rows * context_len, 0, experts).seconds
 
     def pass_cost(self, tower: Tower, rows: float, tokens: float, context_tokens: float, head_rows: float) -> PassCost:
         """One run of ``tower`` over ``rows`` requests with ``tokens`` tokens in all.
@@ -141,7 +159,7 @@ class CostModel:
         ``context_tokens`` is the sum of what the rows have in the caches already, ``head_rows`` the number of tokens
         that need logits.
         """
-        return self._pass_cost(tower, rows, tokens, context_tokens, head_rows, self.experts_touched(tokens))
+        return self._pass_cost(tower, rows, tokens, context_tokens, head_rows, self.experts_touched(rows, tokens))
 
     def _pass_cost(
         self, tower: Tower, rows: float, tokens: float, context_tokens: float, head_rows: float, experts: float
@@ -234,25 +252,22 @@ class CostModel:
         """A request goes through s steps a block; its last block is not committed.
 
         Requests are in different phases. In a step, the context tower commits whatever was finished in the step before,
-        and reads what prompts there are; then the denoiser makes one pass after the other over the canvases that are
-        not finished yet, those of new prompts too.
+        and reads what prompts there are; then the denoiser makes a pass over all canvases, those of new prompts too.
         """
         batch, context_len = load.num_open, load.context_len
-        steps, *unfinished = load.steps_per_block.in_steps_of(load.passes_per_step)
+        steps = load.steps_per_block.mean
         prompts_per_block = min(1.0, self.canvas_length / load.output_tokens)
         starts, commits = prompts_per_block / steps, (1 - prompts_per_block) / steps  # of a request, in a step
         some_start = 1 - (1 - starts) ** batch
         step = self.hardware.seconds_per_step
         if commits:
-            step += (1 - some_start) * self._blocks_pass_seconds("context", batch, commits / (1 - starts), context_len)
+            step += (1 - some_start) * self._commits_seconds(batch, commits / (1 - starts), context_len)
         if some_start:
             starting, committing = batch * starts / some_start, batch * commits
             tokens = starting * load.prompt_tokens + committing * self.canvas_length
             context_tokens = committing * context_len
             step += some_start * self.pass_cost("context", starting + committing, tokens, context_tokens, 0).seconds
-        for share in unfinished:
-            step += self._blocks_pass_seconds("denoiser", batch, share, context_len)
-        return steps * step / load.block_use
+        return steps * (step + self.denoiser_pass(batch, context_len).seconds)
 
     def tokens_per_second(self, mode: PlannedMode, load: Load) -> float:
         """Tokens/s of all open requests together."""
@@ -276,10 +291,7 @@ class CostModel:
                 windows.append((num_open, num_open))
         return windows
 
-    def max_requests(self, context_len: int, usable_share: float = 0.9) -> int:
-        """Requests of ``context_len`` tokens that fit beside the weights in ``usable_share`` of a GPU's memory.
-
-        Negative if not even the weights fit.
-        """
-        left = self.hardware.memory_bytes * usable_share - self.size.weight_bytes
-        return int(left // self.size.request_bytes(context_len))
+    def max_requests(self, context_len: int) -> int:
+        """Requests of ``context_len`` tokens that fit beside the weights in :data:`USABLE_MEMORY` of a GPU's memory."""
+        left = self.hardware.memory_bytes * USABLE_MEMORY - self.size.weight_bytes
+        return max(0, int(left // self.size.request_bytes(context_len)))

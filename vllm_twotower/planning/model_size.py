@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -12,13 +13,26 @@ if TYPE_CHECKING:
     from vllm_twotower.architecture import TwoTowerConfig
 
 
+WEIGHT_BYTES = {
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "fp8": 1.0,
+    "int8": 1.0,
+    "nvfp4": 0.5 + 1 / 16,
+    "int4": 0.5 + 2 / 128,
+}
+"""Bytes of a weight with its scales: one for 16 weights in NVFP4, two for 128 in int4; those of a channel are few."""
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """Sizes on one of ``tensor_parallel_size`` GPUs; both towers have the same.
 
-    ``dense`` is a tower without embeddings, experts and head; ``expert`` one routed expert of one layer; ``time`` the
-    denoiser's time conditioning. ``dense_parameters``, ``expert_parameters`` and ``head_parameters`` are what is
-    multiplied with a token, 2 FLOPs each; ``time_parameters`` with a row.
+    ``dense`` is a tower without embeddings, experts and head, of which ``linear_parameters`` can be quantised;
+    ``expert`` one routed expert of one layer; ``time`` the denoiser's time conditioning. ``dense_parameters``,
+    ``expert_parameters`` and ``head_parameters`` are what is multiplied with a token, 2 FLOPs each; ``time_parameters``
+    with a row.
     """
 
     tensor_parallel_size: int
@@ -28,6 +42,7 @@ class ModelSize:
     expert_bytes: float
     time_bytes: float
     dense_parameters: float
+    linear_parameters: float
     head_parameters: float
     expert_parameters: float
     time_parameters: float
@@ -46,46 +61,37 @@ class ModelSize:
         dtype_bytes: float,
         expert_dtype_bytes: float,
         ssm_dtype_bytes: float,
+        linear_dtype_bytes: float | None = None,
     ) -> ModelSize:
         """Adds up the tensors of the checkpoint layout; raises ValueError as :func:`check_tensor_parallel_size`.
+
+        The projections of mixers and shared experts have ``linear_dtype_bytes`` a weight, by default ``dtype_bytes``
+        as embeddings, head, norms, routers and the KV cache always have.
 
         Norms, routers and the time conditioning are replicated, KV heads where there are more GPUs than heads; all
         other tensors are divided.
         """
-        from vllm_twotower.architecture import tensor_shapes
-
         check_tensor_parallel_size(config, tensor_parallel_size)
         key_value_shards = min(tensor_parallel_size, config.num_key_value_heads)
-        dense = embedding = head = experts = time = 0.0
-        for name, shape in tensor_shapes(config).items():
-            count, shards = prod(shape), tensor_parallel_size
-            if name.startswith(("context_tower.", "context_lm_head.")):
-                continue  # the same again
-            if name.startswith("lm_head."):
-                head += count / shards
-            elif not name.startswith("denoiser_tower."):
-                time += count
-            elif ".embeddings." in name:
-                embedding += count / shards
-            elif ".experts." in name:
-                experts += count / shards
-            elif ".gate." in name or name.endswith((".norm_f.weight",)) or ".mixer." not in name:
-                dense += count
-            else:
-                dense += count / (key_value_shards if ".k_proj." in name or ".v_proj." in name else shards)
+        parameters = _parameters(config, tensor_parallel_size, key_value_shards)
+        dense, linear, embedding, head, experts, time = (
+            parameters[part] for part in ("dense", "linear", "embedding", "head", "experts", "time")
+        )
         num_moe_layers = config.pattern.count("E")
         expert = experts / (num_moe_layers * config.n_routed_experts) if num_moe_layers else 0.0
         key_value_width = 2 * config.num_key_value_heads * config.head_dim / key_value_shards
         conv = (config.conv_kernel - 1) * _conv_channels(config, tensor_parallel_size) * dtype_bytes
         ssm = config.mamba_intermediate_size * config.ssm_state_size / tensor_parallel_size * ssm_dtype_bytes
+        linear_bytes = linear * (dtype_bytes if linear_dtype_bytes is None else linear_dtype_bytes)
         return cls(
             tensor_parallel_size=tensor_parallel_size,
-            dense_bytes=dense * dtype_bytes,
+            dense_bytes=(dense - linear) * dtype_bytes + linear_bytes,
             embedding_bytes=embedding * dtype_bytes,
             head_bytes=head * dtype_bytes,
             expert_bytes=expert * expert_dtype_bytes,
             time_bytes=time * dtype_bytes,
             dense_parameters=dense,
+            linear_parameters=linear,
             head_parameters=head,
             expert_parameters=expert,
             time_parameters=time,
@@ -108,6 +114,32 @@ class ModelSize:
     def request_bytes(self, context_len: int) -> float:
         """What a request of ``context_len`` tokens holds: one state a Mamba layer and its pages."""
         return self.state_bytes + context_len * self.kv_bytes_per_token
+
+
+def _parameters(config: TwoTowerConfig, shards: int, key_value_shards: int) -> Counter[str]:
+    """Parameters of one tower on a GPU by part; ``linear`` is a part of ``dense``."""
+    from vllm_twotower.architecture import tensor_shapes
+
+    found: Counter[str] = Counter()
+    for name, shape in tensor_shapes(config).items():
+        count = prod(shape)
+        if name.startswith(("context_tower.", "context_lm_head.")):
+            continue  # the same again
+        if name.startswith("lm_head."):
+            found["head"] += count / shards
+        elif not name.startswith("denoiser_tower."):
+            found["time"] += count
+        elif ".embeddings." in name:
+            found["embedding"] += count / shards
+        elif ".experts." in name:
+            found["experts"] += count / shards
+        elif ".gate." in name or name.endswith(".norm_f.weight") or ".mixer." not in name:
+            found["dense"] += count
+        else:
+            share = count / (key_value_shards if ".k_proj." in name or ".v_proj." in name else shards)
+            found["dense"] += share
+            found["linear"] += share if name.endswith("_proj.weight") else 0
+    return found
 
 
 def _conv_channels(config: TwoTowerConfig, tensor_parallel_size: int) -> float:

@@ -3,7 +3,7 @@
 N requests are always open: where one ends, the next starts. A step does what the engine's does: the context tower
 reads new prompts, the blocks that were finished in the step before, and the newest tokens of autoregressive requests,
 all in one pass; then the denoiser runs over all open canvases, up to ``passes_per_step`` times, each time over those
-that are not finished. With ``auto`` the step ends when a block is finished or an autoregressive request would wait.
+that are not finished. With ``auto`` the step ends when a block is finished.
 The last block of a request is never committed. In mode ``verified`` the denoiser drafts a block of every request that
 has no prompt to read, in ``draft_steps`` passes, and the context tower verifies it, all in one step. Prompts are read
 whole; memory is not limited.
@@ -19,8 +19,7 @@ import numpy as np
 from vllm_twotower.options import AUTO_PASSES_PER_STEP
 
 from .accepted_tokens import AcceptedTokens
-from .cost_model import CostModel, Load, PlannedMode
-from .mode_choice import ModeChooser
+from .cost_model import CostModel, PlannedMode
 from .steps_per_block import StepsPerBlock
 
 
@@ -51,7 +50,6 @@ class SimulationResult:
     engine_steps: int = 0
     context_passes: int = 0
     denoiser_passes: int = 0
-    ar_requests: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -61,7 +59,7 @@ class SimulationResult:
 def simulate(
     cost_model: CostModel,
     traffic: Traffic,
-    mode: PlannedMode | ModeChooser,
+    mode: PlannedMode,
     *,
     passes_per_step: int | Literal["auto"] = 1,
     warm_up_requests: int = 0,
@@ -70,7 +68,7 @@ def simulate(
 ) -> SimulationResult:
     """Runs until ``warm_up_requests`` requests have ended, then counts until ``measured_requests`` more have.
 
-    With a :class:`ModeChooser` every request asks it for its mode when it starts. The first ``num_open`` requests
+    The first ``num_open`` requests
     arrive at once; unless there is no spread, they end at any token, as if they had been open for a while.
     """
     return _Simulation(cost_model, traffic, mode, passes_per_step, seed).run(warm_up_requests, measured_requests)
@@ -83,7 +81,7 @@ class _Simulation:
         self,
         cost_model: CostModel,
         traffic: Traffic,
-        mode: PlannedMode | ModeChooser,
+        mode: PlannedMode,
         passes_per_step: int | Literal["auto"],
         seed: int,
     ):
@@ -98,28 +96,7 @@ class _Simulation:
         self._target = self._output_tokens(count)
         if traffic.output_spread:
             self._target = self._random.integers(1, self._target + 1)
-        self._is_ar = np.array([self._chosen_mode(i + 1) == "ar" for i in range(count)])
         self._result = SimulationResult()
-
-    def _chosen_mode(self, num_open: int) -> PlannedMode:
-        if not isinstance(self._mode, ModeChooser):
-            return self._mode
-        traffic = self._traffic
-        load = Load(
-            num_open,
-            traffic.prompt_tokens + self._generated.mean(),
-            traffic.steps_per_block,
-            self._limit(num_open),
-            traffic.prompt_tokens,
-            traffic.output_blocks * self._cost_model.canvas_length,
-        )
-        return self._mode.choose(load).mode
-
-    def _limit(self, num_open: int) -> int:
-        """The passes of a step, as the chooser of modes has them."""
-        if self._passes_per_step == "auto":
-            return AUTO_PASSES_PER_STEP if num_open == 1 else 1
-        return self._passes_per_step
 
     def _output_tokens(self, count: int) -> np.ndarray:
         mean, spread = self._traffic.output_blocks, self._traffic.output_spread
@@ -163,35 +140,36 @@ class _Simulation:
     def _fill_blocks(self) -> None:
         """Passes until the step is over."""
         block = self._cost_model.canvas_length
-        newest = self._is_ar & ~self._to_read
-        self._read_context(newest)
-        denoising = ~self._is_ar
+        is_ar = self._mode == "ar"
+        self._read_context(~self._to_read & is_ar, is_ar)
         self._pending[:] = False
+        if is_ar:
+            self._generated += 1  # a prompt's pass gives the first token
+            return
         is_auto = self._passes_per_step == "auto"
         for count in range(AUTO_PASSES_PER_STEP if is_auto else self._passes_per_step):
-            canvases = denoising & (self._passes_left > 0)
-            if not canvases.any() or (is_auto and count and (self._is_ar.any() or (canvases != denoising).any())):
+            canvases = self._passes_left > 0
+            if not canvases.any() or (is_auto and count and not canvases.all()):
                 break
             rows, tokens = int(canvases.sum()), int(canvases.sum()) * block
             self._run("denoiser", rows, tokens, self._context_len()[canvases].sum(), tokens)
             self._passes_left[canvases] -= 1
-        finished = denoising & (self._passes_left == 0)
+        finished = self._passes_left == 0
         self._passes_left[finished] = self._traffic.steps_per_block.sample(self._random, int(finished.sum()))
         self._pending |= finished
         self._generated[finished] += block
-        self._generated[self._is_ar] += 1  # a prompt's pass gives the first token
 
     def _context_len(self) -> np.ndarray:
         return self._traffic.prompt_tokens + self._generated
 
-    def _read_context(self, newest: np.ndarray) -> None:
+    def _read_context(self, newest: np.ndarray, with_head: bool) -> None:
         block = self._cost_model.canvas_length
         tokens = self._to_read * self._traffic.prompt_tokens + self._pending * block + newest
         rows = tokens > 0
         if rows.any():
             in_cache = np.where(self._to_read, 0, self._context_len() - tokens)[rows].sum()
-            head_rows = int(self._is_ar[rows].sum())
-            self._run("context", int(rows.sum()), int(tokens.sum()), in_cache, head_rows)
+            count = int(rows.sum())
+            self._run("context", count, int(tokens.sum()), in_cache, count * with_head)
 
     def _run(self, tower: str, rows: int, tokens: int, context_tokens: int, head_rows: int) -> None:
         result = self._result
@@ -202,10 +180,7 @@ class _Simulation:
     def _replace_ended(self) -> None:
         ended = np.flatnonzero(self._generated >= self._target)
         self._result.requests += len(ended)
-        self._result.ar_requests += int(self._is_ar[ended].sum())
         self._generated[ended] = 0
         self._pending[ended] = False
         self._to_read[ended] = True
         self._target[ended] = self._output_tokens(len(ended))
-        for i in ended:
-            self._is_ar[i] = self._chosen_mode(self._traffic.num_open) == "ar"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from math import inf
 
 import numpy as np
@@ -75,29 +74,7 @@ class StepsPerBlock:
 
     @property
     def mean(self) -> float:
-        return self._mean(float)
-
-    @property
-    def most(self) -> int:
-        return max(self.passes)
-
-    @lru_cache(maxsize=64)  # noqa: B019 (small, and equal distributions share it)
-    def in_steps_of(self, passes_per_step: int) -> tuple[float, ...]:
-        """Mean number of engine steps a block takes if a step makes up to so many passes.
-
-        Then, for the first, second, ... pass of a step, the share of its canvases that are still unfinished and take
-        part.
-        """
-        steps = self._mean(lambda passes: -(-passes // passes_per_step))
-        # A block of p passes takes part in the j-th pass (from 0) of a step once for every K passes beyond the first j.
-        takes_part = (
-            self._mean(lambda passes, j=j: -(-max(0, passes - j) // passes_per_step))
-            for j in range(min(passes_per_step, self.most))
-        )
-        return (steps, *(count / steps for count in takes_part))
-
-    def _mean(self, function: Callable[[int], float]) -> float:
-        return sum(p * function(passes) for passes, p in zip(self.passes, self.probabilities, strict=True))
+        return sum(p * passes for passes, p in zip(self.passes, self.probabilities, strict=True))
 
     def sample(self, generator: np.random.Generator, size: int) -> np.ndarray:
         """(size,) numbers of passes."""
