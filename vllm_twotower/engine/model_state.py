@@ -25,8 +25,9 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_twotower.model.step_logits import StepLogits
 from vllm_twotower.options import EngineOptions
 
+from .captured_passes import CapturedPasses
 from .graph_choice import GraphChoice
-from .pass_graphs import CapturablePasses, PassGraphs
+from .pass_graphs import PassGraphs
 from .pass_plan import PassPlan
 from .pass_planner import PassPlanner, Step, TowerGroups
 from .prefix_cache import commit_interval
@@ -62,10 +63,10 @@ class TwoTowerModelState(ModelState):
         self.planner = PassPlanner(self.table, text, kv_cache_config, block_tables, layers)
         self._commit_interval = commit_interval(kv_cache_config, self.max_model_len)
 
-    def capturable_passes(self, attn_groups: list[list[AttentionGroup]]) -> CapturablePasses:
+    def capturable_passes(self, attn_groups: list[list[AttentionGroup]]) -> CapturedPasses:
         """The passes that can be captured as CUDA graphs, on the KV cache that there is now."""
         groups = TowerGroups(attn_groups)
-        return CapturablePasses(self.planner, self.model, self._sampler.pass_decision, groups, self.vllm_config)
+        return CapturedPasses(self.planner, self.model, self._sampler.pass_decision, groups, self.vllm_config)
 
     def use_graphs(self, graphs: PassGraphs) -> None:
         """Replays passes for as long as vLLM's runner keeps the graphs."""

@@ -9,24 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.forward_context import set_forward_context
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager, ModelCudaGraphManager
 
-from .targets import Canvases
-
-if TYPE_CHECKING:
-    from vllm_twotower.model.two_tower import NemotronHTwoTowerForCausalLM
-
-    from .model_state import TwoTowerModelState
-    from .pass_decision import PassDecision
-    from .pass_planner import PassPlanner, TowerGroups
-    from .tower_rows import DeviceRows
+from .tower_rows import DeviceRows
 
 
 class PassKind(Enum):
@@ -68,6 +58,24 @@ class PassDescriptor(BatchExecutionDescriptor):
         return _RUNS[self.kind]
 
 
+class CapturablePasses(Protocol):
+    """Passes from buffers to what is decided, with nothing from the host in between."""
+
+    def prepare(self) -> None:
+        """Rows of no request, so that nothing is written where a request could read it."""
+
+    def run(self, desc: PassDescriptor) -> Tensor | None:
+        """The pass on the rows that are in the buffers, as :func:`~.pass_decision.outcome` puts what it decides."""
+
+
+class PassSource(Protocol):
+    """The model state: it has the passes, and replays them."""
+
+    def capturable_passes(self, attn_groups: Any) -> CapturablePasses: ...
+
+    def use_graphs(self, graphs: PassGraphs) -> None: ...
+
+
 class PassGraphs(ModelCudaGraphManager):
     """In the place of vLLM's graphs of whole forward passes, which a step of several passes has no use for.
 
@@ -94,7 +102,7 @@ class PassGraphs(ModelCudaGraphManager):
     def capture(
         self,
         model: nn.Module,
-        model_state: TwoTowerModelState,
+        model_state: PassSource,
         input_buffers: Any,
         intermediate_tensors: Any,
         block_tables: Any,
@@ -131,60 +139,6 @@ class PassGraphs(ModelCudaGraphManager):
     def replay(self, desc: PassDescriptor) -> None:
         """Runs the pass on what was sent to the buffers."""
         CudaGraphManager.run_fullgraph(self, desc)
-
-
-class CapturablePasses:
-    """The passes as they are captured: from buffers to what is decided, with nothing from the host in between."""
-
-    def __init__(
-        self,
-        planner: PassPlanner,
-        model: NemotronHTwoTowerForCausalLM,
-        decision: PassDecision,
-        groups: TowerGroups,
-        vllm_config: VllmConfig,
-    ):
-        self._planner, self._model, self._decision, self._groups = planner, model, decision, groups
-        self._vllm_config = vllm_config
-
-    def prepare(self) -> None:
-        """Rows of no request, so that nothing is written where a request could read it."""
-        self._planner.clear_buffers()
-
-    def run(self, desc: PassDescriptor) -> Tensor | None:
-        """The pass on the rows that are in the buffers, as :func:`~.pass_decision.outcome` puts what it decides."""
-        rows = self._planner.buffered_rows(desc)
-        with set_forward_context({}, self._vllm_config, num_tokens=desc.num_tokens):
-            return {
-                PassKind.DENOISE: self._denoise,
-                PassKind.VERIFY: self._verify,
-                PassKind.READ: self._read,
-                PassKind.NEXT_TOKEN: self._next_token,
-            }[desc.kind](rows)
-
-    def _denoise(self, rows: DeviceRows) -> Tensor:
-        canvases = Canvases(rows, self._planner.table)
-        hidden = self._planner.canvas_inputs(canvases, self._groups).run(self._model)
-        [(_, decided)] = self._decision.canvases(canvases, hidden, self._model.denoiser_head, len(hidden))
-        return decided
-
-    def _verify(self, rows: DeviceRows) -> Tensor:
-        drafted, inputs = self._planner.draft_inputs(rows, self._groups)
-        hidden = inputs.run(self._model)
-        [(_, decided)] = self._decision.next_tokens(drafted, hidden, self._model.context_head, len(hidden))
-        self._planner.advance_states(inputs, decided[:, 0])
-        return decided
-
-    def _read(self, rows: DeviceRows) -> None:
-        inputs = self._planner.read_inputs(rows, self._groups)
-        inputs.run(self._model)
-        self._planner.advance_states(inputs, rows.lengths)
-
-    def _next_token(self, rows: DeviceRows) -> Tensor:
-        targets, inputs = self._planner.next_token_inputs(rows, self._groups)
-        hidden = inputs.run(self._model)
-        [(_, decided)] = self._decision.next_tokens(targets, hidden, self._model.context_head, len(hidden))
-        return decided
 
 
 @dataclass

@@ -5,19 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 
 from vllm_twotower.model.denoiser import CanvasRows
+from vllm_twotower.model.step_logits import OutputHead
 
 from .pass_graphs import Replay
 from .targets import Canvases, DraftedTokens, NextTokens
 from .tower_rows import DeviceRows
 
-if TYPE_CHECKING:
-    from vllm_twotower.model.two_tower import NemotronHTwoTowerForCausalLM
+
+class Towers(Protocol):
+    """The model: both towers and their heads."""
+
+    context_head: OutputHead
+    denoiser_head: OutputHead
+
+    def context_tower(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states (T, H) of tokens (T,)."""
+
+    def denoise(self, input_ids: Tensor, rows: CanvasRows, time: Tensor) -> Tensor:
+        """Hidden states (T, H) of canvas tokens (T,) at times (R,)."""
 
 
 @dataclass
@@ -67,7 +78,7 @@ class ContextInputs(_TowerInputs):
     def num_tokens(self) -> int:
         return len(self.input_ids)
 
-    def run(self, model: NemotronHTwoTowerForCausalLM) -> Tensor:
+    def run(self, model: Towers) -> Tensor:
         """Runs the context tower, in a forward context: hidden states (T, H)."""
         self.attention.use()
         return model.context_tower(self.input_ids, self.rows.positions)
@@ -86,7 +97,7 @@ class CanvasInputs(_TowerInputs):
     def num_tokens(self) -> int:
         return len(self.input_ids)
 
-    def run(self, model: NemotronHTwoTowerForCausalLM) -> Tensor:
+    def run(self, model: Towers) -> Tensor:
         """Runs the denoiser, in a forward context: hidden states (T, H)."""
         self.attention.use()
         return model.denoise(self.input_ids, self.rows, self.time)
