@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,14 +10,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vllm_twotower.architecture import CheckpointError, TwoTowerConfig, tensor_shapes
+from vllm_twotower.architecture import CheckpointError, TwoTowerConfig, is_of_context, tensor_shapes
+
+INDEX = "model.safetensors.index.json"
 
 
 class WeightCheck:
-    """Compares the tensors of a checkpoint with the layout as they pass by, without holding them."""
+    """Compares the tensors of a checkpoint with the layout as they pass by, without holding them.
 
-    def __init__(self, config: TwoTowerConfig):
-        self._missing = tensor_shapes(config)
+    With ``context_alone`` the checkpoint need not have, and is not shown, what only the denoiser needs.
+    """
+
+    def __init__(self, config: TwoTowerConfig, context_alone: bool = False):
+        self._missing = tensor_shapes(config, context_alone)
 
     def see(self, name: str, tensor: torch.Tensor) -> None:
         """Notes one tensor; raises :class:`CheckpointError` if it is unexpected, doubled, or has another shape."""
@@ -33,6 +39,8 @@ class WeightCheck:
         if self._missing:
             names = [f"{name} {list(shape)}" for name, shape in self._missing.items()]
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            if not any(map(is_of_context, self._missing)):
+                more += "; the context tower is served alone with additional_config['twotower'].towers='context'"
             raise CheckpointError(f"missing in the TwoTower checkpoint: {', '.join(names[:8])}{more}")
 
 
@@ -59,6 +67,24 @@ def tensor_headers(folder: str | Path) -> Iterator[tuple[str, tuple[int, ...], s
         for name in tensors.keys():  # noqa: SIM118
             one = tensors.get_slice(name)
             yield name, tuple(one.get_shape()), one.get_dtype()
+
+
+def lacks_denoiser(folder: str | Path) -> bool:
+    """Whether a folder's safetensors files hold the context tower alone, by their headers; False without such files.
+
+    Where there is an index, it is enough that exactly those of its files are gone that held nothing of the context
+    tower: of the others, one may hold the end of one tower and the beginning of the other.
+    """
+    folder = Path(folder)
+    if not any(folder.glob("*.safetensors")):
+        return False
+    if all(is_of_context(name) for name, _, _ in tensor_headers(folder)):
+        return True
+    if not (folder / INDEX).is_file():
+        return False
+    files = json.loads((folder / INDEX).read_text())["weight_map"]
+    of_denoiser = set(files.values()) - {file for name, file in files.items() if is_of_context(name)}
+    return bool(of_denoiser) and of_denoiser == {file for file in files.values() if not (folder / file).exists()}
 
 
 def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from vllm_twotower.architecture import DEFAULT_CANVAS_LENGTH, DEFAULT_MASK_TOKEN_ID, TwoTowerConfig
+from vllm_twotower.checkpoint import lacks_denoiser
 from vllm_twotower.engine.processes import keep_signals_of_forked_processes
 from vllm_twotower.options import ATTENTION_BACKENDS, ATTENTION_REASON, EngineOptions
 from vllm_twotower.parallel import check_tensor_parallel_size
@@ -67,6 +68,8 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
         defaults = {
             # A GPU's pass reads all weights for a few tokens already; a CPU's takes longer with every token.
             "prompt_tokens_beside_blocks": 64 if current_platform.is_cpu() else 1024,
+            # Of a checkpoint that is yet to be downloaded only the configuration is known.
+            "towers": "context" if lacks_denoiser(vllm_config.model_config.model) else "both",
             "mask_token_id": DEFAULT_MASK_TOKEN_ID if hf_mask_token is None else hf_mask_token,
             "request_metrics": vllm_config.observability_config.per_request_spec_decode_metrics,
             "custom_arguments": _has_logits_processors(vllm_config.model_config),
