@@ -19,7 +19,7 @@ NAMES = ("Nemotron-TwoTower-30B-A3B-Base-BF16", "Nemotron-Labs-TwoTower-30B-A3B-
 """The older and the newer name of the released model."""
 NUM_SHARDS = 24
 
-_AS_PUBLISHED: dict[str, Any] = {
+AS_PUBLISHED: dict[str, Any] = {
     "auto_map": {
         "AutoConfig": "configuration_nemotron_h.NemotronHConfig",
         "AutoModelForCausalLM": "modeling_nemotron_twotower.NemotronHTwoTowerForCausalLM",
@@ -38,6 +38,7 @@ _AS_PUBLISHED: dict[str, Any] = {
     "time_step_min": 0.001,
     "use_bias": False,
 }
+"""Fields of its config.json that decide nothing here."""
 _SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "vocab_size": 1024,
@@ -87,7 +88,7 @@ class TwoTowerTokenizer(PreTrainedTokenizerFast):
 def save(folder: Path, remote_tokenizer: bool = False) -> Path:
     """Writes the checkpoint ``folder``, with random weights; the tokenizer is the tiny model's."""
     folder.mkdir(parents=True)
-    content = RELEASED_CONFIG | _AS_PUBLISHED | _SMALL
+    content = RELEASED_CONFIG | AS_PUBLISHED | _SMALL
     (folder / "config.json").write_text(json.dumps(content, indent=2))
     for file, text in _REMOTE_CODE.items():
         (folder / file).write_text(text)

@@ -1,7 +1,7 @@
 """Engines with two tensor-parallel ranks, in a process of their own: python two_ranks.py OUTPUT CHECKPOINT...
 
 Writes, for each of the checkpoints, the tokens of its golden runs, of autoregression, of random requests, of the
-trained model's problems, and what its ranks exchanged.
+trained model's problems, and what its ranks exchanged. ``C alone`` is the context tower of checkpoint C.
 """
 
 from __future__ import annotations
@@ -67,15 +67,16 @@ def main(output: Path, checkpoints: list[str]) -> None:
 
     results: dict[str, Any] = {}
     for name in checkpoints:
-        is_golden = name != "trained"
+        is_golden, (golden, *alone) = name != "trained", name.split()
         llm = LLM(
-            str(golden_data.checkpoint(name) if is_golden else TRAINED),
+            str(golden_data.checkpoint(golden) if is_golden else TRAINED),
             dtype="float32",
             max_model_len=1024,
             max_num_seqs=8,
             max_num_batched_tokens=256,
             kv_cache_memory_bytes=64 << 20,
             tensor_parallel_size=2,
+            additional_config={"twotower": {"towers": "context"}} if alone else {},
         )
 
         def generate(prompts: list[Any], params: list[Any], llm: LLM = llm) -> list[list[int]]:
@@ -88,9 +89,10 @@ def main(output: Path, checkpoints: list[str]) -> None:
         found = results[name] = {}
         llm.collective_rpc(count_exchanges)
         if is_golden:
-            runs = golden_data.diffusion_runs(name) + golden_data.diffusion_runs(name, "eos_runs")
-            found["diffusion"] = generate(ids([run.prompt for run in runs]), [run.params() for run in runs])
-            prompts = golden_data.prompts(name)
+            runs = golden_data.diffusion_runs(golden) + golden_data.diffusion_runs(golden, "eos_runs")
+            if not alone:
+                found["diffusion"] = generate(ids([run.prompt for run in runs]), [run.params() for run in runs])
+            prompts = golden_data.prompts(golden)
             params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args={"diffusion_mode": "ar"})
             found["ar"] = generate(ids([prompt["ids"] for prompt in prompts]), [params] * len(prompts))
         else:

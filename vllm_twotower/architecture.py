@@ -20,7 +20,6 @@ DEFAULT_CANVAS_LENGTH = 16
 DEFAULT_MASK_TOKEN_ID = 3
 TIMESTEP_FREQUENCIES = 256
 """Width of the sinusoidal time embedding: 128 cosines, then 128 sines."""
-_CONTEXT_PARTS = ("context_tower.", "context_lm_head.")
 
 _LAYER_LETTERS = {
     "mamba": "M",
@@ -184,7 +183,7 @@ def _mixer_shapes(kind: str, c: TwoTowerConfig) -> Iterator[tuple[str, tuple[int
 
 def is_of_context(name: str) -> bool:
     """Whether a tensor is the context tower's or its head's; all others only the denoiser needs."""
-    return name.startswith(_CONTEXT_PARTS)
+    return name.startswith(("context_tower.", "context_lm_head."))
 
 
 def tensor_shapes(config: TwoTowerConfig, context_alone: bool = False) -> dict[str, tuple[int, ...]]:

@@ -1,14 +1,13 @@
-"""The tensors of a TwoTower checkpoint on disk: read and written strictly as :mod:`vllm_twotower.architecture` says."""
+"""The tensors of a TwoTower checkpoint on disk: read strictly as :mod:`vllm_twotower.architecture` says."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from vllm_twotower.architecture import CheckpointError, TwoTowerConfig, is_of_context, tensor_shapes
 
@@ -75,20 +74,8 @@ def lacks_denoiser(folder: str | Path) -> bool:
     Where there is an index, it is enough that exactly those of its files are gone that held nothing of the context
     tower: of the others, one may hold the end of one tower and the beginning of the other.
     """
-    folder = Path(folder)
-    if not any(folder.glob("*.safetensors")):
-        return False
-    if all(is_of_context(name) for name, _, _ in tensor_headers(folder)):
+    files, index = {file.name for file in Path(folder).glob("*.safetensors")}, Path(folder) / INDEX
+    if files and all(is_of_context(name) for name, _, _ in tensor_headers(folder)):
         return True
-    if not (folder / INDEX).is_file():
-        return False
-    files = json.loads((folder / INDEX).read_text())["weight_map"]
-    of_denoiser = set(files.values()) - {file for name, file in files.items() if is_of_context(name)}
-    return bool(of_denoiser) and of_denoiser == {file for file in files.values() if not (folder / file).exists()}
-
-
-def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Writes ``folder/model.safetensors``."""
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors}, Path(folder) / "model.safetensors", {"format": "pt"}
-    )
+    file_of = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    return files == {file for name, file in file_of.items() if is_of_context(name)} < set(file_of.values())

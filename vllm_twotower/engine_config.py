@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.config import ModelConfig, VllmConfig
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 _TRITON_FP32, _RAY_COPIES = "TRITON_F32_DEFAULT", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 SCHEDULER_CLS = "vllm_twotower.engine.scheduler.TwoTowerScheduler"
@@ -83,6 +83,8 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
             **defaults,
         )
         options.store(vllm_config.model_config)
+        if options.context_alone:
+            logger.info("The context tower is served alone, without the denoiser: its only mode is 'ar'.")
         _check_ranks(vllm_config)
         # Later vLLM refuses this without a speculative configuration; our scheduler takes the level from the options.
         vllm_config.observability_config.per_request_spec_decode_metrics = "none"

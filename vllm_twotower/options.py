@@ -34,11 +34,8 @@ FIRST_MODE = "twotower_first_mode"
 
 Mode = Literal["mask_diffusion", "verified", "ar", "auto"]
 
-_OF_DENOISER = ("confidence_threshold", "mask_token_id", "lossless", "draft_steps", "prompt_tokens_beside_blocks")
-_NO_DENOISER = (
-    "needs the denoiser; the context tower is served alone (additional_config['twotower'].towers='context'), in mode "
-    "'ar' only"
-)
+_OF_DENOISER = {"confidence_threshold", "mask_token_id", "lossless", "draft_steps", "prompt_tokens_beside_blocks"}
+_NO_DENOISER = "needs the denoiser; with additional_config['twotower'].towers='context' the only mode is 'ar'"
 
 # What became of options of earlier versions.
 _NO_COMMIT = (
@@ -153,12 +150,12 @@ class EngineOptions:
     mask_token_id: int = _option(
         lambda name, value, vocab_size: _integer(name, value, 0, vocab_size - 1), default=DEFAULT_MASK_TOKEN_ID
     )
-    towers: Literal["both", "context"] = _option(_towers, default="both")
     mode: Mode = _option(_mode, default="mask_diffusion")
     lossless: bool = _option(_flag, default=False)
     draft_steps: int = _option(lambda name, value, _: _integer(name, value, 1, MAX_STEPS), default=1)
     denoise_steps_per_engine_step: int | Literal["auto"] = _option(_steps_or_auto, default="auto")
     prompt_tokens_beside_blocks: int = _option(lambda name, value, _: _integer(name, value, 1, None), default=64)
+    towers: Literal["both", "context"] = _option(_towers, default="both")
     request_metrics: str = "none"
     custom_arguments: bool = False
     seed: int = 0
@@ -193,7 +190,7 @@ class EngineOptions:
         _integer("diffusion_config.canvas_length", canvas_length, 1, MAX_STEPS)
         if defaults.get("towers") == "context":
             defaults.setdefault("mode", "ar")
-            for name in sorted(given.keys() & set(_OF_DENOISER)):
+            for name in given.keys() & _OF_DENOISER:
                 raise RequestError(f"{where}.{name}", given[name], _NO_DENOISER)
         options = cls(canvas_length, steps, **defaults)
         options.check_mode(f"{where}.mode", options.mode)

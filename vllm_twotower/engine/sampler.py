@@ -98,10 +98,8 @@ class TwoTowerSampler:
     def _profile(self, logits: StepLogits, num_reqs: int) -> SamplerOutput:
         """Samples once for requests that ask for all there is, so that vLLM leaves memory for them."""
         table, width = self._table, self._table.engine.canvas_length
-        modes = [("ar", logits.tile, logits.context)]
-        if logits.denoiser is not None:
-            modes.append(("mask_diffusion", logits.tile // width, logits.denoiser))
-        for mode, most_rows, hidden in modes:
+        modes = [("ar", logits.tile), ("mask_diffusion", logits.tile // width)]
+        for mode, most_rows in modes[:1] if table.engine.context_alone else modes:
             slots = np.arange(min(num_reqs, most_rows))
             for slot in slots:
                 table.add(slot, "", demanding_params(mode, self._max_logprobs))
@@ -110,8 +108,9 @@ class TwoTowerSampler:
                 targets, head = NextTokens(rows, table, np.zeros_like(slots)), logits.context_head
             else:
                 targets, head = Canvases(rows, table), logits.denoiser_head
+            hidden = logits.context[: rows.num_tokens]
             for part, predicted in self._decision.predict(
-                targets, hidden[: rows.num_tokens], head, logits.tile, frozenset({"confidence", "margin"})
+                targets, hidden, head, logits.tile, frozenset({"confidence", "margin"})
             ):
                 self._decision.record(part, predicted, torch.ones_like(predicted.tokens, dtype=torch.bool))
             table.clear()

@@ -157,17 +157,15 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     def _profile(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         get_forward_context().is_padding = None
-        hidden = self.context_tower(input_ids, positions)
-        if self.options.context_alone:
-            self._step_logits = self._logits(hidden, None, None)
-            return hidden
-        width = self.options.canvas_length
-        rows = CanvasRows(-(-len(input_ids) // width), width)
-        mixers = [module for module in self.context_tower.modules() if isinstance(module, ContextMambaMixer)]
-        kept = [mixer.blank_read(rows.num_rows, width) for mixer in mixers]
-        canvases = F.pad(input_ids, (0, rows.num_rows * width - len(input_ids)))
-        hidden = self.denoise(canvases, rows, torch.ones(rows.num_rows, device=input_ids.device))[: len(input_ids)]
-        self._step_logits = replace(self._logits(hidden, None, hidden), kept=kept)
+        hidden, kept = self.context_tower(input_ids, positions), []
+        if not self.options.context_alone:
+            width = self.options.canvas_length
+            rows = CanvasRows(-(-len(input_ids) // width), width)
+            mixers = [module for module in self.context_tower.modules() if isinstance(module, ContextMambaMixer)]
+            kept = [mixer.blank_read(rows.num_rows, width) for mixer in mixers]
+            canvases = F.pad(input_ids, (0, rows.num_rows * width - len(input_ids)))
+            hidden = self.denoise(canvases, rows, torch.ones(rows.num_rows, device=input_ids.device))[: len(input_ids)]
+        self._step_logits = replace(self._logits(hidden, None, None), kept=kept)
         return hidden
 
     def compute_logits(self, hidden_states: Tensor) -> StepLogits | Tensor:
