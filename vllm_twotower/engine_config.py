@@ -327,12 +327,12 @@ def _choose_worker(vllm_config: VllmConfig) -> None:
 
 def _fit_scheduler(vllm_config: VllmConfig, options: EngineOptions) -> None:
     """A canvas is denoised whole or not at all: what would cut one is raised, with a warning."""
-    scheduler = vllm_config.scheduler_config
-    whole_step = options.canvas_length * scheduler.max_num_seqs
+    scheduler, width = vllm_config.scheduler_config, 1 if options.context_alone else options.canvas_length
+    whole_step = width * scheduler.max_num_seqs
     limits = (
         ("max_num_batched_tokens", whole_step),
         ("max_num_scheduled_tokens", whole_step),
-        ("long_prefill_token_threshold", options.canvas_length),
+        ("long_prefill_token_threshold", width),
     )
     for name, needed in limits:
         if (value := getattr(scheduler, name)) and value < needed:
@@ -340,7 +340,7 @@ def _fit_scheduler(vllm_config: VllmConfig, options: EngineOptions) -> None:
                 "%s=%d would cut the canvases (%d tokens each) of %d running requests; raised to %d",
                 name,
                 value,
-                options.canvas_length,
+                width,
                 scheduler.max_num_seqs,
                 needed,
             )
