@@ -58,7 +58,7 @@ class StandInCuda:
         self.state = self.runner.model_state
         self.layers = self.runner.compilation_config.static_forward_context
         canvas = self.state.options.canvas_length
-        for head in (self.state.model.context_head, self.state.model.denoiser_head):
+        for head in filter(None, (self.state.model.context_head, self.state.model.denoiser_head)):
             head.chooses = True  # as on GPUs
         compilation = self.runner.compilation_config
         compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY

@@ -1,7 +1,8 @@
 """Engines with two tensor-parallel ranks, in a process of their own: python two_ranks.py OUTPUT CHECKPOINT...
 
 Writes, for each of the checkpoints, the tokens of its golden runs, of autoregression, of random requests, of the
-trained model's problems, and what its ranks exchanged. A checkpoint may be a folder: then those of ``PROMPTS``.
+trained model's problems, and what its ranks exchanged. ``C alone`` is the context tower of checkpoint C. A checkpoint
+may be a folder: then the tokens of ``PROMPTS``.
 """
 
 from __future__ import annotations
@@ -68,15 +69,17 @@ def main(output: Path, checkpoints: list[str]) -> None:
 
     results: dict[str, Any] = {}
     for name in checkpoints:
-        is_golden, is_folder = name in golden_data.CHECKPOINTS, Path(name).is_dir()
+        is_folder, (golden, *alone) = Path(name).is_dir(), name.split()
+        is_golden = golden in golden_data.CHECKPOINTS
         llm = LLM(
-            name if is_folder else str(golden_data.checkpoint(name) if is_golden else TRAINED),
+            name if is_folder else str(golden_data.checkpoint(golden) if is_golden else TRAINED),
             dtype="float32",
             max_model_len=1024,
             max_num_seqs=8,
             max_num_batched_tokens=256,
             kv_cache_memory_bytes=64 << 20,
             tensor_parallel_size=2,
+            additional_config={"twotower": {"towers": "context"}} if alone else {},
         )
 
         def generate(prompts: list[Any], params: list[Any], llm: LLM = llm) -> list[list[int]]:
@@ -92,9 +95,10 @@ def main(output: Path, checkpoints: list[str]) -> None:
             params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
             found["diffusion"] = generate(ids(PROMPTS), [params] * len(PROMPTS))
         elif is_golden:
-            runs = golden_data.diffusion_runs(name) + golden_data.diffusion_runs(name, "eos_runs")
-            found["diffusion"] = generate(ids([run.prompt for run in runs]), [run.params() for run in runs])
-            prompts = golden_data.prompts(name)
+            runs = golden_data.diffusion_runs(golden) + golden_data.diffusion_runs(golden, "eos_runs")
+            if not alone:
+                found["diffusion"] = generate(ids([run.prompt for run in runs]), [run.params() for run in runs])
+            prompts = golden_data.prompts(golden)
             params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args={"diffusion_mode": "ar"})
             found["ar"] = generate(ids([prompt["ids"] for prompt in prompts]), [params] * len(prompts))
         else:

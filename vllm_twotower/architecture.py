@@ -181,8 +181,16 @@ def _mixer_shapes(kind: str, c: TwoTowerConfig) -> Iterator[tuple[str, tuple[int
             yield from _linear(f"{prefix}down_proj", hidden, width, c.mlp_bias)
 
 
-def tensor_shapes(config: TwoTowerConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint with this configuration: name -> shape, in the official key layout."""
+def is_of_context(name: str) -> bool:
+    """Whether a tensor is the context tower's or its head's; all others only the denoiser needs."""
+    return name.startswith(("context_tower.", "context_lm_head."))
+
+
+def tensor_shapes(config: TwoTowerConfig, context_alone: bool = False) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint with this configuration: name -> shape, in the official key layout.
+
+    With ``context_alone`` those of the context tower and its head.
+    """
     c, hidden = config, config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {}
     for tower in ("context_tower", "denoiser_tower"):
@@ -196,4 +204,4 @@ def tensor_shapes(config: TwoTowerConfig) -> dict[str, tuple[int, ...]]:
     shapes.update(_linear("t_embedder.mlp.2", hidden, hidden, True))
     shapes.update(_linear("t_block.1", 3 * hidden, hidden, True))
     shapes.update((f"scale_shift_tables.{i}", (3, hidden)) for i in range(c.num_hidden_layers))
-    return shapes
+    return {name: shape for name, shape in shapes.items() if is_of_context(name) or not context_alone}

@@ -1,28 +1,32 @@
-"""The tensors of a TwoTower checkpoint on disk: read and written strictly as :mod:`vllm_twotower.architecture` says."""
+"""The tensors of a TwoTower checkpoint on disk: read strictly as :mod:`vllm_twotower.architecture` says."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from vllm_twotower.architecture import CheckpointError, TwoTowerConfig, tensor_shapes
+from vllm_twotower.architecture import CheckpointError, TwoTowerConfig, is_of_context, tensor_shapes
+
+INDEX = "model.safetensors.index.json"
 
 if TYPE_CHECKING:
     from vllm_twotower.quantization import Quantization
 
 
 class WeightCheck:
-    """Compares the tensors of a checkpoint with the layout as they pass by, without holding them."""
+    """Compares the tensors of a checkpoint with the layout as they pass by, without holding them.
 
-    def __init__(self, config: TwoTowerConfig, quantization: Quantization | None = None):
+    With ``context_alone`` the checkpoint need not have, and is not shown, what only the denoiser needs.
+    """
+
+    def __init__(self, config: TwoTowerConfig, quantization: Quantization | None = None, context_alone: bool = False):
         self._quantization = quantization
-        self._missing: dict[str, tuple[int, ...] | None] = dict(tensor_shapes(config))
+        self._missing: dict[str, tuple[int, ...] | None] = dict(tensor_shapes(config, context_alone))
         if quantization is not None:
             self._missing = quantization.stored_shapes(self._missing)
 
@@ -46,6 +50,8 @@ class WeightCheck:
         if self._missing:
             names = [f"{name} {list(shape or ())}" for name, shape in self._missing.items()]
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            if not any(map(is_of_context, self._missing)):
+                more += "; the context tower is served alone with additional_config['twotower'].towers='context'"
             raise CheckpointError(f"missing in the TwoTower checkpoint: {', '.join(names[:8])}{more}")
 
 
@@ -84,8 +90,14 @@ def tensor_headers(folder: str | Path) -> Iterator[tuple[str, tuple[int, ...], s
             yield name, tuple(one.get_shape()), one.get_dtype()
 
 
-def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Writes ``folder/model.safetensors``."""
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors}, Path(folder) / "model.safetensors", {"format": "pt"}
-    )
+def lacks_denoiser(folder: str | Path) -> bool:
+    """Whether a folder's safetensors files hold the context tower alone, by their headers; False without such files.
+
+    Where there is an index, it is enough that exactly those of its files are gone that held nothing of the context
+    tower: of the others, one may hold the end of one tower and the beginning of the other.
+    """
+    files, index = {file.name for file in Path(folder).glob("*.safetensors")}, Path(folder) / INDEX
+    if files and all(is_of_context(name) for name, _, _ in tensor_headers(folder)):
+        return True
+    file_of = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    return files == {file for name, file in file_of.items() if is_of_context(name)} < set(file_of.values())

@@ -27,9 +27,8 @@ from vllm_twotower.architecture import (
     layer_pattern,
     tensor_shapes,
 )
-from vllm_twotower.checkpoint import WeightCheck, tensor_headers
+from vllm_twotower.checkpoint import INDEX, WeightCheck, tensor_headers
 
-INDEX = "model.safetensors.index.json"
 _TOWER = re.compile(r"^(?:backbone|model)\.(?=embeddings\.|layers\.|norm_f\.)")
 _STACKED = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj)")
 _TIME_STD = 0.02  # of the time embedding, which acts once training has moved the projection behind it from zero

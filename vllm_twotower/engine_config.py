@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from vllm_twotower.architecture import DEFAULT_CANVAS_LENGTH, DEFAULT_MASK_TOKEN_ID, TwoTowerConfig
+from vllm_twotower.checkpoint import lacks_denoiser
 from vllm_twotower.engine.processes import keep_signals_of_forked_processes
 from vllm_twotower.options import ATTENTION_BACKENDS, ATTENTION_REASON, EngineOptions
 from vllm_twotower.parallel import check_tensor_parallel_size
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.config import ModelConfig, VllmConfig
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 _TRITON_FP32, _RAY_COPIES = "TRITON_F32_DEFAULT", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 SCHEDULER_CLS = "vllm_twotower.engine.scheduler.TwoTowerScheduler"
@@ -67,6 +68,8 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
         defaults = {
             # A GPU's pass reads all weights for a few tokens already; a CPU's takes longer with every token.
             "prompt_tokens_beside_blocks": 64 if current_platform.is_cpu() else 1024,
+            # Of a checkpoint that is yet to be downloaded only the configuration is known.
+            "towers": "context" if lacks_denoiser(vllm_config.model_config.model) else "both",
             "mask_token_id": DEFAULT_MASK_TOKEN_ID if hf_mask_token is None else hf_mask_token,
             "request_metrics": vllm_config.observability_config.per_request_spec_decode_metrics,
             "custom_arguments": _has_logits_processors(vllm_config.model_config),
@@ -80,6 +83,8 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
             **defaults,
         )
         options.store(vllm_config.model_config)
+        if options.context_alone:
+            logger.info("The context tower is served alone, without the denoiser: its only mode is 'ar'.")
         _check_ranks(vllm_config)
         # Later vLLM refuses this without a speculative configuration; our scheduler takes the level from the options.
         vllm_config.observability_config.per_request_spec_decode_metrics = "none"
@@ -324,12 +329,12 @@ def _choose_worker(vllm_config: VllmConfig) -> None:
 
 def _fit_scheduler(vllm_config: VllmConfig, options: EngineOptions) -> None:
     """A canvas is denoised whole or not at all: what would cut one is raised, with a warning."""
-    scheduler = vllm_config.scheduler_config
-    whole_step = options.canvas_length * scheduler.max_num_seqs
+    scheduler, width = vllm_config.scheduler_config, 1 if options.context_alone else options.canvas_length
+    whole_step = width * scheduler.max_num_seqs
     limits = (
         ("max_num_batched_tokens", whole_step),
         ("max_num_scheduled_tokens", whole_step),
-        ("long_prefill_token_threshold", options.canvas_length),
+        ("long_prefill_token_threshold", width),
     )
     for name, needed in limits:
         if (value := getattr(scheduler, name)) and value < needed:
@@ -337,7 +342,7 @@ def _fit_scheduler(vllm_config: VllmConfig, options: EngineOptions) -> None:
                 "%s=%d would cut the canvases (%d tokens each) of %d running requests; raised to %d",
                 name,
                 value,
-                options.canvas_length,
+                width,
                 scheduler.max_num_seqs,
                 needed,
             )

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
-from vllm_twotower.architecture import CheckpointError, TwoTowerConfig, tensor_shapes
-from vllm_twotower.checkpoint import tensor_headers
+from vllm_twotower.architecture import CheckpointError, TwoTowerConfig, is_of_context, tensor_shapes
+from vllm_twotower.checkpoint import lacks_denoiser, tensor_headers
 from vllm_twotower.parallel import TENSOR_PARALLEL_SIZES, tensor_parallel_obstacle
 from vllm_twotower.planning.model_size import ModelSize
 
@@ -28,18 +28,24 @@ def run(args: argparse.Namespace) -> None:
     try:
         config = TwoTowerConfig.from_pretrained(args.checkpoint)
         found = {name: (shape, dtype) for name, shape, dtype in tensor_headers(args.checkpoint)}
+        context_alone = lacks_denoiser(args.checkpoint)
     except (CheckpointError, OSError, ValueError) as error:
         raise SystemExit(f"vllm-twotower inspect: {error}") from None
-    print("\n".join(describe(config, found, args.context_len)))
-    if faults := layout_faults(config, {name: shape for name, (shape, _) in found.items()}):
+    print("\n".join(describe(config, found, args.context_len, context_alone)))
+    if faults := layout_faults(config, {name: shape for name, (shape, _) in found.items()}, context_alone):
         raise SystemExit("\n".join(("", "This is no complete TwoTower checkpoint:", *faults)))
-    print("\nEvery tensor of the TwoTower layout is there, and no other.")
+    if context_alone:
+        print("\nThe context tower and its head are there, and no denoiser: this serves diffusion_mode 'ar' alone.")
+    else:
+        print("\nEvery tensor of the TwoTower layout is there, and no other.")
 
 
-def layout_faults(config: TwoTowerConfig, found: dict[str, tuple[int, ...]]) -> list[str]:
-    """One line for every tensor that is missing, extra, or of another shape."""
+def layout_faults(config: TwoTowerConfig, found: dict[str, tuple[int, ...]], context_alone: bool = False) -> list[str]:
+    """One line for every tensor that is missing, extra, or of another shape; the denoiser's may be missing
+    with ``context_alone``."""
     wanted = tensor_shapes(config)
-    faults = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in found]
+    missing = [name for name in tensor_shapes(config, context_alone) if name not in found]
+    faults = [f"missing: {name} {list(wanted[name])}" for name in missing]
     faults += [f"extra: {name} {list(shape)}" for name, shape in found.items() if name not in wanted]
     for name, shape in found.items():
         if name in wanted and shape != wanted[name]:
@@ -47,8 +53,13 @@ def layout_faults(config: TwoTowerConfig, found: dict[str, tuple[int, ...]]) -> 
     return faults
 
 
-def describe(config: TwoTowerConfig, found: dict[str, tuple[tuple[int, ...], str]], context_len: int) -> Iterator[str]:
-    """The lines of the description."""
+def describe(
+    config: TwoTowerConfig,
+    found: dict[str, tuple[tuple[int, ...], str]],
+    context_len: int,
+    context_alone: bool = False,
+) -> Iterator[str]:
+    """The lines of the description; ``found`` has shape and dtype of every tensor."""
     layers = Counter(config.pattern)
     yield f"Pattern     {config.pattern}"
     counts = ", ".join(f"{layers[kind]} {name}" for kind, name in _KINDS.items() if layers[kind])
@@ -72,7 +83,7 @@ def describe(config: TwoTowerConfig, found: dict[str, tuple[tuple[int, ...], str
     yield f"Block       {config.canvas_length} positions, mask token {config.mask_token_id}"
     parts: dict[str, float] = defaultdict(float)
     for name, (shape, _) in found.items():
-        parts[_part(name)] += prod(shape)
+        parts[_part(name, context_alone)] += prod(shape)
     for i, (part, parameters) in enumerate(sorted(parts.items())):
         yield f"{'' if i else 'Parameters':12}{part}: {_count(parameters)}"
     dtypes = Counter(dtype for _, dtype in found.values())
@@ -84,11 +95,14 @@ def describe(config: TwoTowerConfig, found: dict[str, tuple[tuple[int, ...], str
             yield f"            TP {tensor_parallel_size}: not possible, {obstacle}"
             continue
         size = ModelSize.of(config, tensor_parallel_size, dtype_bytes, dtype_bytes, 4)
-        weights, request = size.weight_bytes, size.request_bytes(context_len)
-        yield f"            TP {tensor_parallel_size}: weights {_bytes(weights)}, request {_bytes(request)}"
+        weights = "" if context_alone else f"weights {_bytes(size.weight_bytes)}, "
+        weights += f"context tower alone {_bytes(size.tower_bytes)}, request {_bytes(size.request_bytes(context_len))}"
+        yield f"            TP {tensor_parallel_size}: {weights}"
 
 
-def _part(name: str) -> str:
+def _part(name: str, context_alone: bool) -> str:
+    if context_alone and not is_of_context(name):
+        return "left of the denoiser, not loaded"
     for prefix, part in (
         ("context_", "context tower and head"),
         ("denoiser_tower.", "denoiser tower and head"),

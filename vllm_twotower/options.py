@@ -34,6 +34,9 @@ FIRST_MODE = "twotower_first_mode"
 
 Mode = Literal["mask_diffusion", "verified", "ar", "auto"]
 
+_OF_DENOISER = {"confidence_threshold", "mask_token_id", "lossless", "draft_steps", "prompt_tokens_beside_blocks"}
+_NO_DENOISER = "needs the denoiser; with additional_config['twotower'].towers='context' the only mode is 'ar'"
+
 # What became of options of earlier versions.
 _NO_COMMIT = (
     "was removed: the context tower reads a finished block in the step that starts the next one; for fewer of its "
@@ -64,6 +67,10 @@ def _mode(name: str, value: Any, *_: Any) -> Any:
     if value == "mock_ar":
         raise RequestError(name, value, _NO_MOCK_AR)
     return _choice(name, value, MODES)
+
+
+def _towers(name: str, value: Any, *_: Any) -> Any:
+    return _choice(name, value, ("both", "context"))
 
 
 def _integer(name: str, value: Any, low: int, high: int | None) -> int:
@@ -125,6 +132,7 @@ class EngineOptions:
 
     ``canvas_length`` (S) tokens are denoised at once; a request may ask for fewer. ``max_denoising_steps`` is the
     default of ``diffusion_max_steps``, the passes a block may take, not a bound.
+    ``towers`` says which are loaded: without the denoiser there is one mode, ``ar``.
     ``mode`` is the default of ``diffusion_mode``; with ``auto`` the engine chooses between ``ar`` and
     ``mask_diffusion`` block by block, or, if it is to be ``lossless``, between ``ar`` and ``verified``. ``draft_steps``
     is the default of ``diffusion_draft_steps``, the passes that draft a block which is then verified.
@@ -147,6 +155,7 @@ class EngineOptions:
     draft_steps: int = _option(lambda name, value, _: _integer(name, value, 1, MAX_STEPS), default=1)
     denoise_steps_per_engine_step: int | Literal["auto"] = _option(_steps_or_auto, default="auto")
     prompt_tokens_beside_blocks: int = _option(lambda name, value, _: _integer(name, value, 1, None), default=64)
+    towers: Literal["both", "context"] = _option(_towers, default="both")
     request_metrics: str = "none"
     custom_arguments: bool = False
     seed: int = 0
@@ -179,12 +188,23 @@ class EngineOptions:
         steps = canvas_length if max_denoising_steps is None else max_denoising_steps
         _integer("diffusion_config.max_denoising_steps", steps, 1, MAX_STEPS)
         _integer("diffusion_config.canvas_length", canvas_length, 1, MAX_STEPS)
+        if defaults.get("towers") == "context":
+            defaults.setdefault("mode", "ar")
+            for name in given.keys() & _OF_DENOISER:
+                raise RequestError(f"{where}.{name}", given[name], _NO_DENOISER)
         options = cls(canvas_length, steps, **defaults)
         options.check_mode(f"{where}.mode", options.mode)
         return options
 
+    @property
+    def context_alone(self) -> bool:
+        """Whether there is no denoiser."""
+        return self.towers == "context"
+
     def check_mode(self, name: str, mode: Mode) -> None:
         """Raises RequestError for the option ``name``, whose value is ``mode``, where that cannot work."""
+        if self.context_alone and mode != "ar":
+            raise RequestError(name, mode, _NO_DENOISER)
         if self.canvas_length == 1 and mode in _LONGER_BLOCKS:
             raise RequestError(name, mode, "is not supported with a canvas length of 1")
 

@@ -18,7 +18,7 @@ from vllm.tokenizers import get_tokenizer
 from vllm_twotower.quantize import Recipe, quantize
 from vllm_twotower.reference import TwoTowerModel, generate_mask_diffusion
 
-CHECKPOINTS = ("B", "C", "trained")
+CHECKPOINTS = ("B", "C", "trained", "C alone")
 PROGRAM = Path(__file__).parents[1] / "two_ranks.py"
 SCORES = 3
 """The width of what ranks exchange of their logits: the largest, its token, the logsumexp."""
@@ -44,6 +44,10 @@ def test_goldens(results: dict[str, Any], name: str) -> None:
     runs = golden_data.diffusion_runs(name) + golden_data.diffusion_runs(name, "eos_runs")
     assert results[name]["diffusion"] == [list(run.tokens) for run in runs]
     assert results[name]["ar"] == [prompt["ar"]["new_ids"] for prompt in golden_data.prompts(name)]
+
+
+def test_context_tower_alone(results: dict[str, Any]) -> None:
+    assert results["C alone"]["ar"] == [prompt["ar"]["new_ids"] for prompt in golden_data.prompts("C")]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -9,7 +9,9 @@ from pathlib import Path
 import nemotron_h
 import pytest
 import torch
+from released_layout import AS_PUBLISHED
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from vllm_twotower import cli
 from vllm_twotower.architecture import CheckpointError, TwoTowerConfig
@@ -88,6 +90,28 @@ def test_other_forms_of_the_same_checkpoint(source: Path, tmp_path: Path):
         name = f"layers.3.mixer.experts.{i}.up_proj.weight"
         assert torch.equal(made[f"denoiser_tower.{name}"], tensors[f"backbone.{name}"])
     assert "auto_map" not in json.loads((tmp_path / "made" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("is_published", [False, True], ids=["transformers 5", "published"])
+def test_both_forms_of_a_config(source: Path, tmp_path: Path, is_published: bool):
+    """As transformers 5 writes it, with a list of layers; and as NVIDIA does, with a pattern and a bare Infinity."""
+    content = json.loads((source / "config.json").read_text())
+    assert "hybrid_override_pattern" not in content
+    assert "num_hidden_layers" not in content
+    assert content["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+    folder = tmp_path / "source"
+    shutil.copytree(source, folder)
+    if is_published:
+        del content["layers_block_type"]
+        content |= {"hybrid_override_pattern": nemotron_h.PATTERN, "num_hidden_layers": 5} | AS_PUBLISHED
+        (folder / "config.json").write_text(json.dumps(content))
+        assert "Infinity]" in (folder / "config.json").read_text()
+    cli.main(["init", str(folder), str(tmp_path / "made")])
+    assert TwoTowerConfig.from_pretrained(tmp_path / "made").pattern == nemotron_h.PATTERN
+    loaded = AutoConfig.from_pretrained(tmp_path / "made")
+    assert TwoTowerConfig.of(loaded) == TwoTowerConfig.from_pretrained(tmp_path / "made")
+    assert loaded.time_step_limit == [0.0, float("inf")]
+    cli.main(["inspect", str(tmp_path / "made")])
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,9 @@ def test_function_exists(patch: Patch):
 RECORDED = {member for override in OVERRIDES for member in override.members}
 # What looks private and is the public interface of Python's named tuples, or belongs to another library.
 NOT_OF_VLLM = {
+    "_convert_weight_to_int4pack_for_cpu",  # torch
+    "_weight_int4pack_mm_for_cpu",
+    "_weight_int8pack_mm",
     "_asdict",
     "_exit",
     "_replace",

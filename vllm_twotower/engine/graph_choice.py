@@ -62,7 +62,7 @@ class GraphChoice:
         if not len(of_run):
             return None
         reason, desc = "mixed", None
-        if kind is not None:
+        if kind in self.graphs.kinds:
             desc = self.graphs.find(kind, len(of_run)) if is_plain else None
             reason = "many" if is_plain else "options"
         if desc is None:

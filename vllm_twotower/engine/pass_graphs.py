@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager, ModelCudaGraphManager
 
+from vllm_twotower.options import EngineOptions
+
 from .tower_rows import DeviceRows
 
 
@@ -84,6 +86,8 @@ class PassGraphs(ModelCudaGraphManager):
     """
 
     def _init_candidates(self) -> None:
+        alone = EngineOptions.of(self.vllm_config.model_config).context_alone
+        self.kinds = (PassKind.NEXT_TOKEN,) if alone else tuple(PassKind)
         width = self.vllm_config.diffusion_config.canvas_length
         sizes = self.compilation_config.cudagraph_capture_sizes if self.cudagraph_mode else None
         self._row_counts = sorted({size // width for size in sizes or ()})
@@ -93,7 +97,7 @@ class PassGraphs(ModelCudaGraphManager):
                     CUDAGraphMode.FULL, rows * (1 if kind is PassKind.NEXT_TOKEN else width), rows, kind=kind
                 )
                 for rows in reversed(self._row_counts)
-                for kind in PassKind
+                for kind in self.kinds
             ]
             # Outside the graphs' memory, where what one graph leaves another may overwrite.
             shape = (len(PassKind), self._row_counts[-1], 2 + width)

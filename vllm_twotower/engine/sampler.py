@@ -98,7 +98,8 @@ class TwoTowerSampler:
     def _profile(self, logits: StepLogits, num_reqs: int) -> SamplerOutput:
         """Samples once for requests that ask for all there is, so that vLLM leaves memory for them."""
         table, width = self._table, self._table.engine.canvas_length
-        for mode, most_rows in (("ar", logits.tile), ("mask_diffusion", logits.tile // width)):
+        modes = [("ar", logits.tile), ("mask_diffusion", logits.tile // width)]
+        for mode, most_rows in modes[:1] if table.engine.context_alone else modes:
             slots = np.arange(min(num_reqs, most_rows))
             for slot in slots:
                 table.add(slot, "", demanding_params(mode, self._max_logprobs))
@@ -107,13 +108,13 @@ class TwoTowerSampler:
                 targets, head = NextTokens(rows, table, np.zeros_like(slots)), logits.context_head
             else:
                 targets, head = Canvases(rows, table), logits.denoiser_head
-            hidden = logits.denoiser[: rows.num_tokens]
+            hidden = logits.context[: rows.num_tokens]
             for part, predicted in self._decision.predict(
                 targets, hidden, head, logits.tile, frozenset({"confidence", "margin"})
             ):
                 self._decision.record(part, predicted, torch.ones_like(predicted.tokens, dtype=torch.bool))
             table.clear()
-        prompt = logits.denoiser[:CHUNK_SIZE]
+        prompt = logits.context[:CHUNK_SIZE]
         nothing = prompt.new_zeros(len(prompt), dtype=torch.int64)
         compute_topk_scores(logits.context_head(prompt), max(0, self._max_logprobs), nothing)
         tokens = torch.zeros(num_reqs, width, dtype=torch.int64, device=table.device)

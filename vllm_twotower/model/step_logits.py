@@ -116,7 +116,7 @@ class StepLogits:
     drafts: Tensor | None
     denoiser: Tensor | None
     context_head: OutputHead
-    denoiser_head: OutputHead
+    denoiser_head: OutputHead | None
     tile: int
     """The most rows whose logits the sampler may ask for at once."""
     grammar: tuple[Sequence[str], np.ndarray] | None = None

@@ -22,7 +22,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from vllm_twotower.architecture import TwoTowerConfig, tensor_shapes
+from vllm_twotower.architecture import TwoTowerConfig, is_of_context, tensor_shapes
 from vllm_twotower.checkpoint import WeightCheck
 from vllm_twotower.options import EngineOptions
 from vllm_twotower.quantization import quantization_of
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
-    """Both towers, both heads and the time conditioning.
+    """Both towers, both heads and the time conditioning; or the context tower and its head alone.
 
     A pass runs the context tower over tokens it has not read, then the denoiser over canvases; which rows these are is
     the :class:`~vllm_twotower.engine.pass_plan.PassPlan` that the model state hands to ``forward``.
@@ -89,17 +89,27 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         self.config, quant_config = config, vllm_config.quant_config
         self.checkpoint_config = TwoTowerConfig.of(config)
         self.options = EngineOptions.of(vllm_config.model_config)
-        self.context_tower = context_tower(vllm_config, maybe_prefix(prefix, CONTEXT_PREFIX))
-        self.denoiser_tower = DenoiserTower(vllm_config, maybe_prefix(prefix, DENOISER_PREFIX))
-        self.time_conditioning = TimeConditioning(config.hidden_size, len(config.hybrid_override_pattern))
-        self.context_lm_head, self.lm_head = (
-            ParallelLMHead(config.vocab_size, config.hidden_size, quant_config=quant_config, prefix=name)
-            for name in (maybe_prefix(prefix, "context_lm_head"), maybe_prefix(prefix, "lm_head"))
-        )
+        self._quantization = quantization_of(getattr(config, "quantization_config", None))
+        layout = tensor_shapes(self.checkpoint_config)
+        self._layout = layout if self._quantization is None else self._quantization.stored_shapes(layout)
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        self.context_head, self.denoiser_head = (
-            OutputHead(weights, self.logits_processor) for weights in (self.context_lm_head, self.lm_head)
-        )
+
+        def lm_head(name: str) -> ParallelLMHead:
+            name = maybe_prefix(prefix, name)
+            return ParallelLMHead(config.vocab_size, config.hidden_size, quant_config=quant_config, prefix=name)
+
+        self.context_tower = context_tower(vllm_config, maybe_prefix(prefix, CONTEXT_PREFIX))
+        self.context_lm_head = lm_head("context_lm_head")
+        self.context_head = OutputHead(self.context_lm_head, self.logits_processor)
+        self.denoiser_head: OutputHead | None = None
+        if self.options.context_alone:
+            # With patterns of its own vLLM's loader does not ask for the denoiser's files, which the index may name.
+            self.allow_patterns_overrides = ["*.safetensors"]
+        else:
+            self.denoiser_tower = DenoiserTower(vllm_config, maybe_prefix(prefix, DENOISER_PREFIX))
+            self.time_conditioning = TimeConditioning(config.hidden_size, len(config.hybrid_override_pattern))
+            self.lm_head = lm_head("lm_head")
+            self.denoiser_head = OutputHead(self.lm_head, self.logits_processor)
         self.logit_tile = logit_rows_per_tile(config.vocab_size, self.options.canvas_length)
         self._step_logits: StepLogits | None = None
 
@@ -153,14 +163,15 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     def _profile(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         get_forward_context().is_padding = None
-        self.context_tower(input_ids, positions)
-        width = self.options.canvas_length
-        rows = CanvasRows(-(-len(input_ids) // width), width)
-        mixers = [module for module in self.context_tower.modules() if isinstance(module, ContextMambaMixer)]
-        kept = [mixer.blank_read(rows.num_rows, width) for mixer in mixers]
-        canvases = F.pad(input_ids, (0, rows.num_rows * width - len(input_ids)))
-        hidden = self.denoise(canvases, rows, torch.ones(rows.num_rows, device=input_ids.device))[: len(input_ids)]
-        self._step_logits = replace(self._logits(None, None, hidden), kept=kept)
+        hidden, kept = self.context_tower(input_ids, positions), []
+        if not self.options.context_alone:
+            width = self.options.canvas_length
+            rows = CanvasRows(-(-len(input_ids) // width), width)
+            mixers = [module for module in self.context_tower.modules() if isinstance(module, ContextMambaMixer)]
+            kept = [mixer.blank_read(rows.num_rows, width) for mixer in mixers]
+            canvases = F.pad(input_ids, (0, rows.num_rows * width - len(input_ids)))
+            hidden = self.denoise(canvases, rows, torch.ones(rows.num_rows, device=input_ids.device))[: len(input_ids)]
+        self._step_logits = replace(self._logits(hidden, None, None), kept=kept)
         return hidden
 
     def compute_logits(self, hidden_states: Tensor) -> StepLogits | Tensor:
@@ -172,19 +183,25 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         kept, self._step_logits = self._step_logits, None
         return self.context_head(hidden_states) if kept is None else kept
 
+    def is_unused_checkpoint_weight(self, name: str) -> bool:
+        """Whether a tensor is the denoiser's, and there is none: vLLM's loader leaves out files of such tensors."""
+        return self.options.context_alone and name in self._layout and not is_of_context(name)
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Loads a checkpoint in the official key layout.
 
+        The context tower alone leaves out what is the denoiser's.
         Raises :class:`~vllm_twotower.architecture.CheckpointError` naming a missing, unexpected or wrongly shaped
         tensor.
         """
-        quantization = quantization_of(getattr(self.config, "quantization_config", None))
-        check = WeightCheck(self.checkpoint_config, quantization)
+        quantization = self._quantization
+        check = WeightCheck(self.checkpoint_config, quantization, self.options.context_alone)
 
         def checked() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
-                check.see(name, tensor)
-                yield name, tensor
+                if not self.is_unused_checkpoint_weight(name):
+                    check.see(name, tensor)
+                    yield name, tensor
 
         tensors = checked()
         if quantization is not None and current_platform.is_cpu():

@@ -109,7 +109,12 @@ class ModelSize:
     @property
     def weight_bytes(self) -> float:
         """Both towers, both heads and the time conditioning."""
-        return 2 * (self.dense_bytes + self.embedding_bytes + self.head_bytes + self.all_expert_bytes) + self.time_bytes
+        return 2 * self.tower_bytes + self.time_bytes
+
+    @property
+    def tower_bytes(self) -> float:
+        """One tower and its head."""
+        return self.dense_bytes + self.embedding_bytes + self.head_bytes + self.all_expert_bytes
 
     def request_bytes(self, context_len: int) -> float:
         """What a request of ``context_len`` tokens holds: one state a Mamba layer and its pages."""

@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vllm_twotower.architecture import TwoTowerConfig, tensor_shapes
-from vllm_twotower.checkpoint import WeightCheck, read_quantization, read_tensors, write_tensors
+from vllm_twotower.checkpoint import WeightCheck, read_quantization, read_tensors
 from vllm_twotower.model.time_conditioning import TimestepEmbedder
 
 from .layers import (
@@ -170,7 +171,8 @@ class TwoTowerModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype) -> None:
         """Writes ``folder/model.safetensors`` in the official key layout."""
-        write_tensors(folder, ((name, tensor.detach().to("cpu", dtype)) for name, tensor in self.state_dict().items()))
+        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
 
     def context_logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits (B, L, V) of the context tower for tokens (B, L)."""
