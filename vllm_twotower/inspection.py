@@ -9,12 +9,13 @@ from math import prod
 from pathlib import Path
 
 from vllm_twotower.architecture import CheckpointError, TwoTowerConfig, is_of_context, tensor_shapes
-from vllm_twotower.checkpoint import lacks_denoiser, tensor_headers
+from vllm_twotower.checkpoint import lacks_denoiser, read_quantization, tensor_headers
 from vllm_twotower.parallel import TENSOR_PARALLEL_SIZES, tensor_parallel_obstacle
 from vllm_twotower.planning.model_size import ModelSize
+from vllm_twotower.quantization import EXPERT, LINEAR, Quantization
 
 _KINDS = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "MLP"}
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,11 +29,13 @@ def run(args: argparse.Namespace) -> None:
     try:
         config = TwoTowerConfig.from_pretrained(args.checkpoint)
         found = {name: (shape, dtype) for name, shape, dtype in tensor_headers(args.checkpoint)}
-        context_alone = lacks_denoiser(args.checkpoint)
+        context_alone, quantization = lacks_denoiser(args.checkpoint), read_quantization(args.checkpoint)
+        shapes = {name: shape for name, (shape, _) in found.items()}
+        faults = layout_faults(config, shapes, context_alone, quantization)
     except (CheckpointError, OSError, ValueError) as error:
         raise SystemExit(f"vllm-twotower inspect: {error}") from None
-    print("\n".join(describe(config, found, args.context_len, context_alone)))
-    if faults := layout_faults(config, {name: shape for name, (shape, _) in found.items()}, context_alone):
+    print("\n".join(describe(config, found, args.context_len, context_alone, quantization)))
+    if faults:
         raise SystemExit("\n".join(("", "This is no complete TwoTower checkpoint:", *faults)))
     if context_alone:
         print("\nThe context tower and its head are there, and no denoiser: this serves diffusion_mode 'ar' alone.")
@@ -40,15 +43,23 @@ def run(args: argparse.Namespace) -> None:
         print("\nEvery tensor of the TwoTower layout is there, and no other.")
 
 
-def layout_faults(config: TwoTowerConfig, found: dict[str, tuple[int, ...]], context_alone: bool = False) -> list[str]:
+def layout_faults(
+    config: TwoTowerConfig,
+    found: dict[str, tuple[int, ...]],
+    context_alone: bool = False,
+    quantization: Quantization | None = None,
+) -> list[str]:
     """One line for every tensor that is missing, extra, or of another shape; the denoiser's may be missing
     with ``context_alone``."""
-    wanted = tensor_shapes(config)
-    missing = [name for name in tensor_shapes(config, context_alone) if name not in found]
-    faults = [f"missing: {name} {list(wanted[name])}" for name in missing]
-    faults += [f"extra: {name} {list(shape)}" for name, shape in found.items() if name not in wanted]
+    wanted = tensor_shapes(config) if quantization is None else quantization.stored_shapes(tensor_shapes(config))
+    missing = [name for name in wanted if name not in found and (is_of_context(name) or not context_alone)]
+    faults = [f"missing: {name} {list(wanted[name] or ())}" for name in missing]
     for name, shape in found.items():
-        if name in wanted and shape != wanted[name]:
+        module, _, kind = name.rpartition(".")
+        if name not in wanted and not (quantization is not None and quantization.may_have(module, kind)):
+            faults.append(f"extra: {name} {list(shape)}")
+    for name, shape in found.items():
+        if wanted.get(name) is not None and shape != wanted[name]:
             faults.append(f"other shape: {name} is {list(shape)}, the configuration asks for {list(wanted[name])}")
     return faults
 
@@ -58,6 +69,7 @@ def describe(
     found: dict[str, tuple[tuple[int, ...], str]],
     context_len: int,
     context_alone: bool = False,
+    quantization: Quantization | None = None,
 ) -> Iterator[str]:
     """The lines of the description; ``found`` has shape and dtype of every tensor."""
     layers = Counter(config.pattern)
@@ -82,12 +94,16 @@ def describe(
         )
     yield f"Block       {config.canvas_length} positions, mask token {config.mask_token_id}"
     parts: dict[str, float] = defaultdict(float)
-    for name, (shape, _) in found.items():
+    plain = found if quantization is None else {name: (shape,) for name, shape in tensor_shapes(config).items()}
+    for name, (shape, *_) in plain.items():
         parts[_part(name, context_alone)] += prod(shape)
     for i, (part, parameters) in enumerate(sorted(parts.items())):
         yield f"{'' if i else 'Parameters':12}{part}: {_count(parameters)}"
     dtypes = Counter(dtype for _, dtype in found.values())
     yield f"Dtypes      {', '.join(f'{dtype} ({count} tensors)' for dtype, count in dtypes.most_common())}"
+    if quantization is not None:
+        yield from _quantized(config, found, context_len, context_alone, quantization)
+        return
     dtype_bytes = _BYTES.get(dtypes.most_common(1)[0][0], 2) if dtypes else 2
     yield f"Memory      per GPU; a request of {context_len} tokens"
     for tensor_parallel_size in TENSOR_PARALLEL_SIZES:
@@ -98,6 +114,31 @@ def describe(
         weights = "" if context_alone else f"weights {_bytes(size.weight_bytes)}, "
         weights += f"context tower alone {_bytes(size.tower_bytes)}, request {_bytes(size.request_bytes(context_len))}"
         yield f"            TP {tensor_parallel_size}: {weights}"
+
+
+def _quantized(
+    config: TwoTowerConfig,
+    found: dict[str, tuple[tuple[int, ...], str]],
+    context_len: int,
+    context_alone: bool,
+    quantization: Quantization,
+) -> Iterator[str]:
+    """The schemes of a quantised checkpoint's parts, and its memory as it is stored."""
+    schemes: Counter[tuple[str, str]] = Counter()
+    for name, shape in tensor_shapes(config).items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and len(shape) == 2 and LINEAR.fullmatch(module):
+            what = "experts" if EXPERT.fullmatch(module) else "other matrices"
+            schemes[f"{_part(name, context_alone)}, {what}", quantization.scheme_name(module) or "as they are"] += 1
+    for i, ((part, scheme), count) in enumerate(sorted(schemes.items())):
+        yield f"{'' if i else 'Schemes':12}{part}: {scheme} ({count})"
+    stored: dict[str, float] = defaultdict(float)
+    for name, (shape, dtype) in found.items():
+        stored[_part(name, context_alone)] += prod(shape) * _BYTES.get(dtype, 2)
+    for i, (part, size) in enumerate(sorted(stored.items())):
+        yield f"{'' if i else 'Memory':12}{part}: {_bytes(size)} as stored"
+    request = ModelSize.of(config, 1, 2, 2, 4).request_bytes(context_len)
+    yield f"            a request of {context_len} tokens in bf16: {_bytes(request)}"
 
 
 def _part(name: str, context_alone: bool) -> str:

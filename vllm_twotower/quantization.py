@@ -38,6 +38,10 @@ class Quantization(ABC):
         """Whether a quantised module may have a tensor of this name too."""
 
     @abstractmethod
+    def scheme_name(self, module: str) -> str | None:
+        """The scheme of a module's weight in words; None if it is plain."""
+
+    @abstractmethod
     def weight(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """The weight (out, in) that a quantised module's tensors stand for, in a float dtype."""
 
@@ -139,6 +143,15 @@ class CompressedTensors(Quantization):
     def may_have(self, module: str, name: str) -> bool:
         return name in ("input_scale", "input_zero_point", "input_global_scale")
 
+    def scheme_name(self, module: str) -> str | None:
+        scheme = self.scheme(module)
+        if scheme is None:
+            return None
+        args, activations = scheme.weights, scheme.input_activations
+        scale = f"groups of {args.group_size}" if args.group_size else f"a scale a {args.strategy}"
+        inputs = "" if activations is None else f", inputs in {activations.type}{activations.num_bits}"
+        return f"{args.type}{args.num_bits}, {scale}{inputs}"
+
     def weight(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
         scheme = self.scheme(module)
         return self._compressor(scheme).decompress(dict(tensors), scheme)["weight"]
@@ -168,7 +181,7 @@ class ModelOpt(Quantization):
             raise CheckpointError(f"quantization_config.quant_algo is {self._algorithm!r}: known are FP8 and NVFP4")
 
     def tensors_of(self, module: str, shape: Shape) -> dict[str, Shape | None] | None:
-        if not LINEAR.fullmatch(module) or any(fnmatch(module, name) for name in self._excluded):
+        if not self._is_quantized(module):
             return None
         if self._algorithm == "FP8":
             return {"weight": shape, "weight_scale": None}
@@ -179,6 +192,12 @@ class ModelOpt(Quantization):
 
     def may_have(self, module: str, name: str) -> bool:
         return name in ("input_scale", "k_scale", "v_scale")
+
+    def scheme_name(self, module: str) -> str | None:
+        return None if not self._is_quantized(module) else f"{self._algorithm} of ModelOpt"
+
+    def _is_quantized(self, module: str) -> bool:
+        return bool(LINEAR.fullmatch(module)) and not any(fnmatch(module, name) for name in self._excluded)
 
     def weight(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
         weight, scale = tensors["weight"], tensors["weight_scale"].float()

@@ -223,3 +223,14 @@ def test_every_plain_tensor_comes_once() -> None:
         tensors += [(f"{module}.{part}" if module else part, value) for part, value in parts.items()]
     for order in (tensors, tensors[::-1], sorted(tensors, key=lambda item: item[0].rpartition(".")[2])):
         assert sorted(name for name, _ in quantization.plain_tensors(order, shapes)) == sorted(shapes)
+
+
+def test_inspect_shows_the_scheme_of_every_part(quantized: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["inspect", str(quantized)])
+    shown = capsys.readouterr().out
+    assert "context tower and head, experts: int4, groups of 16 (64)" in shown
+    assert "denoiser tower and head, other matrices: as they are" in shown
+    assert "MiB as stored" in shown
+    change(quantized, f"{EXPERT}.weight_scale", None)
+    with pytest.raises(SystemExit, match=rf"missing: {EXPERT}.weight_scale"):
+        main(["inspect", str(quantized)])
