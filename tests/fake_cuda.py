@@ -118,18 +118,24 @@ def selected(checkpoint: str, dtype: str) -> str:
         return get_attn_backend(model.get_head_size(), model.dtype, config.cache_config.cache_dtype).get_name()
 
 
-found = []
-for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)):
-    for dtype in ("bfloat16", "float32"):
-        Gpu.capability = DeviceCapability(*capability)
-        for name in ("TRITON_F32_DEFAULT", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"):
-            os.environ.pop(name, None)
-        _cached_get_attn_backend.cache_clear()
-        _get_backend_priorities.cache_clear()
-        try:
-            backend = selected(sys.argv[1], dtype)
-        except Exception as error:
-            backend = f"{type(error).__name__}: {error}"
-        precision = os.environ.get("TRITON_F32_DEFAULT")
-        found.append([*capability, dtype, backend, precision, "TRITON_F32_DEFAULT" in get_env_vars_to_copy()])
-print(json.dumps([found, [graphs(sys.argv[1], options) for options in GRAPH_OPTIONS]]))
+def main(checkpoint: str) -> None:
+    """Prints what the options above give."""
+    found = []
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)):
+        for dtype in ("bfloat16", "float32"):
+            Gpu.capability = DeviceCapability(*capability)
+            for name in ("TRITON_F32_DEFAULT", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"):
+                os.environ.pop(name, None)
+            _cached_get_attn_backend.cache_clear()
+            _get_backend_priorities.cache_clear()
+            try:
+                backend = selected(checkpoint, dtype)
+            except Exception as error:
+                backend = f"{type(error).__name__}: {error}"
+            precision = os.environ.get("TRITON_F32_DEFAULT")
+            found.append([*capability, dtype, backend, precision, "TRITON_F32_DEFAULT" in get_env_vars_to_copy()])
+    print(json.dumps([found, [graphs(checkpoint, options) for options in GRAPH_OPTIONS]]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -26,7 +26,8 @@ from vllm_twotower.architecture import CheckpointError, TwoTowerConfig, tensor_s
 from vllm_twotower.checkpoint import WeightCheck, tensor_headers
 from vllm_twotower.quantization import CompressedTensors
 
-EXPERTS = "re:.*\\.experts\\.[0-9]+\\.(up|down)_proj$"
+EXPERTS = "re:.*\\.mixer\\.experts\\.[0-9]+\\."
+"""Without an end: vLLM asks for the scheme of the gate too, which these experts lack, by the name ``None``."""
 DENSE = "re:.*\\.mixer\\.(shared_experts\\.)?(in_proj|out_proj|q_proj|k_proj|v_proj|o_proj|up_proj|down_proj)$"
 SCHEMES = ("int8", "fp8", "int4")
 GROUP_SIZE = 64

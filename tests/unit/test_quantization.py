@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from vllm_twotower.architecture import CheckpointError, TwoTowerConfig, tensor_shapes
 from vllm_twotower.checkpoint import WeightCheck, read_tensors
 from vllm_twotower.cli import main
-from vllm_twotower.model.quantized_cpu import QuantizedProjection
+from vllm_twotower.model.quantized_cpu import QuantizedProjection, kept_tensors
 from vllm_twotower.planning.released import RELEASED_CONFIG
 from vllm_twotower.quantization import ModelOpt, quantization_of
 from vllm_twotower.quantize import Recipe, compressed, quantize
@@ -200,9 +200,7 @@ def test_products_equal_those_of_weights(dtype: torch.dtype, scheme: str, group_
         projection = QuantizedProjection((48, 96), of_experts.weights, groups, 0)
     finally:
         torch.set_default_dtype(before)
-    from vllm_twotower.model.quantized_cpu import kept_tensors
-
-    name = "a.experts.0.up_proj"
+    name = "a.mixer.experts.0.up_proj"
     for part, value in kept_tensors(quantization, name, stored).items():
         parameter = getattr(projection, part)
         parameter.weight_loader(parameter, value)

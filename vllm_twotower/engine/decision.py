@@ -90,9 +90,11 @@ class Decision:
         whole = np.arange(len(slots))
         if head.chooses:
             needs_logits = self.needs_logits(slots) | targets.has_grammar
-            if len(index := np.flatnonzero(~needs_logits)):
-                yield index, False
-            whole = np.flatnonzero(needs_logits)
+            others, whole = np.flatnonzero(~needs_logits), np.flatnonzero(needs_logits)
+            # Of a shard of the vocabulary, and without a copy in fp32, more rows take no more memory.
+            more = size * 2 * head.num_shards
+            for start in range(0, len(others), more):
+                yield others[start : start + more], False
         for start in range(0, len(whole), size):
             yield whole[start : start + size], True
 

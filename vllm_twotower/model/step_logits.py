@@ -38,7 +38,7 @@ class OutputHead:
     """An output head whose vocabulary is sharded over the tensor-parallel ranks."""
 
     def __init__(self, weights: ParallelLMHead, processor: LogitsProcessor):
-        self._weights, self._processor = weights, processor
+        self._weights, self._processor, self.num_shards = weights, processor, weights.tp_size
         self.chooses = weights.tp_size > 1 or not current_platform.is_cpu()
         """Whether :meth:`choose` costs less than whole rows: no logits are gathered, or there are kernels for it."""
 
