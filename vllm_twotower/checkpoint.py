@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,15 +30,17 @@ class WeightCheck:
         if quantization is not None:
             self._missing = quantization.stored_shapes(self._missing)
 
-    def see(self, name: str, tensor: torch.Tensor) -> None:
-        """As :meth:`see_shape`."""
-        self.see_shape(name, tuple(tensor.shape))
+    def seen(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors, each checked as by :meth:`see_shape`, without the scales of quantised keys and values."""
+        for name, tensor in tensors:
+            self.see_shape(name, tuple(tensor.shape))
+            if self._quantization is None or not self._quantization.is_cache_scale(name):
+                yield name, tensor
 
     def see_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Notes one tensor; raises :class:`CheckpointError` if it is unexpected, doubled, or has another shape."""
         if name not in self._missing:
-            module, _, kind = name.rpartition(".")
-            if self._quantization is not None and self._quantization.may_have(module, kind):
+            if self._quantization is not None and self._quantization.may_have(name):
                 return
             raise CheckpointError(f"unexpected tensor {name} {list(shape)} in a TwoTower checkpoint")
         expected = self._missing.pop(name)
@@ -56,8 +58,13 @@ class WeightCheck:
 
 
 def read_quantization(folder: str | Path) -> Quantization | None:
-    """How the weights of a folder are quantised, by its ``config.json``; None if they are not."""
+    """How the weights of a folder are quantised, by its ``config.json``; None if they are not.
+
+    Older releases of ModelOpt write ``hf_quant_config.json`` instead, which vLLM reads too.
+    """
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if config is None and (of_modelopt := Path(folder) / "hf_quant_config.json").is_file():
+        config = json.loads(of_modelopt.read_text(encoding="utf-8"))
     if not config:
         return None
     from vllm_twotower.quantization import quantization_of

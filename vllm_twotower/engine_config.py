@@ -147,6 +147,8 @@ def _model_limits(vllm_config: VllmConfig) -> Iterator[Limit]:
 
 
 def _cache_limits(vllm_config: VllmConfig) -> Iterator[Limit]:
+    from vllm_twotower.quantization import quantization_of
+
     model, cache, attention = vllm_config.model_config, vllm_config.cache_config, vllm_config.attention_config
     backends = {"backend": attention.backend} if attention.backend else {}
     backends |= {f"backend_per_kind[{kind!r}]": backend for kind, backend in attention.backend_per_kind.items()}
@@ -155,6 +157,11 @@ def _cache_limits(vllm_config: VllmConfig) -> Iterator[Limit]:
         yield f"attention_config.{name}", backend.name, is_unknown, ATTENTION_REASON
     is_other = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model) != model.dtype
     reason = f"keys and values are kept in the model's dtype, {model.dtype}; leave it out"
+    quantization = quantization_of(getattr(model.hf_config, "quantization_config", None))
+    if quantization is not None and (scheme := quantization.cache_scheme) is not None:
+        is_other |= cache.cache_dtype == "auto"  # vLLM takes the checkpoint's when it makes the layers
+        dtype = str(model.dtype).removeprefix("torch.")
+        reason = f"the checkpoint asks for {scheme} keys and values, they are kept in the model's dtype: give {dtype!r}"
     yield "kv_cache_dtype", cache.cache_dtype, is_other, reason
     reason = "the context tower reads the whole prompt in every layer"
     yield "kv_sharing_fast_prefill", True, cache.kv_sharing_fast_prefill, reason

@@ -55,8 +55,7 @@ def layout_faults(
     missing = [name for name in wanted if name not in found and (is_of_context(name) or not context_alone)]
     faults = [f"missing: {name} {list(wanted[name] or ())}" for name in missing]
     for name, shape in found.items():
-        module, _, kind = name.rpartition(".")
-        if name not in wanted and not (quantization is not None and quantization.may_have(module, kind)):
+        if name not in wanted and not (quantization is not None and quantization.may_have(name)):
             faults.append(f"extra: {name} {list(shape)}")
     for name, shape in found.items():
         if wanted.get(name) is not None and shape != wanted[name]:

@@ -21,10 +21,17 @@ Shape = tuple[int, ...]
 LINEAR = re.compile(r"(.*\.)?(in_proj|out_proj|[qkvo]_proj|up_proj|down_proj|lm_head|context_lm_head)")
 """Modules that "Linear" means in a configuration: routers, the time conditioning and what is no matrix stay out."""
 EXPERT = re.compile(r"(.*)\.experts\.\d+\.(up|down)_proj")
+INPUT_SCALES = ("input_scale", "input_zero_point", "input_global_scale")
+"""Tensors for quantised activations, which vLLM's kernels for GPUs read."""
+CACHE_SCALES = ("q_scale", "k_scale", "v_scale")
+"""Tensors for quantised keys and values, which no engine here keeps: both towers read them as they are."""
 
 
 class Quantization(ABC):
     """How a checkpoint's weights are quantised."""
+
+    cache_scheme: str | None = None
+    """How the checkpoint asks for keys and values to be kept; None: in the model's dtype."""
 
     @abstractmethod
     def tensors_of(self, module: str, shape: Shape) -> dict[str, Shape | None] | None:
@@ -33,9 +40,13 @@ class Quantization(ABC):
         A shape of None may be any.
         """
 
-    @abstractmethod
-    def may_have(self, module: str, name: str) -> bool:
-        """Whether a quantised module may have a tensor of this name too."""
+    def may_have(self, name: str) -> bool:
+        """Whether a tensor of this name may be there or not."""
+        return name.rpartition(".")[2] in INPUT_SCALES or self.is_cache_scale(name)
+
+    def is_cache_scale(self, name: str) -> bool:
+        """Whether a tensor of this name belongs to :attr:`cache_scheme`."""
+        return self.cache_scheme is not None and name.rpartition(".")[2] in CACHE_SCALES
 
     @abstractmethod
     def scheme_name(self, module: str) -> str | None:
@@ -86,6 +97,8 @@ def quantization_of(config: Mapping[str, Any] | None) -> Quantization | None:
     """That of a ``quantization_config``; None without one. Raises :class:`CheckpointError` for one that is unknown."""
     if not config:
         return None
+    if "quant_algo" in (of_modelopt := config.get("quantization") or {}):  # as in ModelOpt's own hf_quant_config.json
+        return ModelOpt(of_modelopt)
     method = config.get("quant_method")
     if method == "compressed-tensors":
         return CompressedTensors(config)
@@ -104,6 +117,8 @@ class CompressedTensors(Quantization):
             raise CheckpointError(f"quantization_config is not one of compressed-tensors: {error}") from None
         for scheme in self._config.config_groups.values():
             self._compressor(scheme)
+        if (cache := self._config.kv_cache_scheme) is not None:
+            self.cache_scheme = f"{cache.type}{cache.num_bits}"
 
     def scheme(self, module: str) -> QuantizationScheme | None:
         """The scheme of a module's weight; None if it is plain."""
@@ -139,9 +154,6 @@ class CompressedTensors(Quantization):
             known["weight_packed"] = (shape[0], shape[1] // 2)
         names = self._compressor(scheme).compression_param_names(scheme)
         return {name: known.get(name) for name in names if name.startswith("weight")}
-
-    def may_have(self, module: str, name: str) -> bool:
-        return name in ("input_scale", "input_zero_point", "input_global_scale")
 
     def scheme_name(self, module: str) -> str | None:
         scheme = self.scheme(module)
@@ -179,6 +191,8 @@ class ModelOpt(Quantization):
         self._excluded = [*(self.config.get("exclude_modules") or ()), *(self.config.get("ignore") or ())]
         if self._algorithm not in ("FP8", "NVFP4"):
             raise CheckpointError(f"quantization_config.quant_algo is {self._algorithm!r}: known are FP8 and NVFP4")
+        scheme = self.config.get("kv_cache_scheme") or self.config.get("kv_cache_quant_algo")
+        self.cache_scheme = f"{scheme['type']}{scheme['num_bits']}" if isinstance(scheme, dict) else scheme
 
     def tensors_of(self, module: str, shape: Shape) -> dict[str, Shape | None] | None:
         if not self._is_quantized(module):
@@ -189,9 +203,6 @@ class ModelOpt(Quantization):
             raise CheckpointError(f"NVFP4 has groups of 16, which do not divide the {shape[1]} inputs of {module}")
         packed, scale = (shape[0], shape[1] // 2), (shape[0], shape[1] // 16)
         return {"weight": packed, "weight_scale": scale, "weight_scale_2": None}
-
-    def may_have(self, module: str, name: str) -> bool:
-        return name in ("input_scale", "k_scale", "v_scale")
 
     def scheme_name(self, module: str) -> str | None:
         return None if not self._is_quantized(module) else f"{self._algorithm} of ModelOpt"

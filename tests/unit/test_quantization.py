@@ -182,6 +182,27 @@ def test_modelopt() -> None:
     assert fp8.weight("", parts).tolist() == [[0.5]]
 
 
+@pytest.mark.parametrize(
+    ("config", "scheme"),
+    [
+        (Recipe("int8").config().model_dump(), None),
+        (Recipe("int8").config().model_dump() | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "float8"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, None),
+        (
+            {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+            "float8",
+        ),
+        ({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "exclude_modules": []}}, "FP8"),
+    ],
+)
+def test_scales_of_keys_and_values_need_a_scheme(config: dict, scheme: str | None) -> None:
+    """The last configuration is one of the file ``hf_quant_config.json``."""
+    quantization = quantization_of(config)
+    assert quantization.cache_scheme == scheme
+    assert quantization.may_have("context_tower.layers.2.mixer.k_scale") == (scheme is not None)
+    assert quantization.may_have("context_tower.layers.2.mixer.q_proj.input_scale")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("scheme", "group_size"), [("int8", 64), ("int4", 32), ("int4", 16)])
 @pytest.mark.parametrize("tokens", [1, 6, 16])

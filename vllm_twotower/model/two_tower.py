@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -196,14 +196,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         """
         quantization = self._quantization
         check = WeightCheck(self.checkpoint_config, quantization, self.options.context_alone)
-
-        def checked() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in weights:
-                if not self.is_unused_checkpoint_weight(name):
-                    check.see(name, tensor)
-                    yield name, tensor
-
-        tensors = checked()
+        tensors = check.seen((name, tensor) for name, tensor in weights if not self.is_unused_checkpoint_weight(name))
         if quantization is not None and current_platform.is_cpu():
             kept = partial(kept_tensors, quantization)
             tensors = quantization.plain_tensors(tensors, tensor_shapes(self.checkpoint_config), kept)

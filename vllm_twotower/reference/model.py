@@ -6,7 +6,6 @@ code generates (batch of one) and trains (batches of sequences, several blocks o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -153,13 +152,7 @@ class TwoTowerModel(nn.Module):
         """Loads a checkpoint folder strictly; raises :class:`~vllm_twotower.architecture.CheckpointError`."""
         config, quantization = TwoTowerConfig.from_pretrained(folder), read_quantization(folder)
         check = WeightCheck(config, quantization)
-
-        def checked() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in read_tensors(folder):
-                check.see(name, tensor)
-                yield name, tensor
-
-        found = checked()
+        found = check.seen(read_tensors(folder))
         if quantization is not None:
             found = quantization.plain_tensors(found, tensor_shapes(config))
         tensors = {name: tensor.to(device, dtype) for name, tensor in found}
