@@ -2,8 +2,9 @@
 
 python tests/fake_experts.py CHECKPOINT
 
-Prints a JSON list: compute capability, scheme, vLLM's kernel for the experts and its scheme for the other matrices.
-The configurations are those that ``vllm-twotower quantize`` writes; the selection is vLLM's.
+Prints two JSON lists of rows, all by vLLM's own selection. Of the checkpoints that ``vllm-twotower quantize`` writes:
+compute capability, scheme, the experts' kernel, the scheme of other matrices. Of vLLM's options that quantise while a
+checkpoint is loaded: compute capability, option, the experts' kernel or the error, whether they are for other matrices.
 """
 
 from __future__ import annotations
@@ -15,17 +16,22 @@ from types import SimpleNamespace
 import torch
 from fake_cuda import DeviceCapability, Gpu, configured
 from vllm.config import set_current_vllm_config
+from vllm.config.quantization import _ONLINE_SHORTHANDS
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import select_unquantized_moe_backend
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     CompressedTensorsMoEMethod,
 )
+from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
 from vllm_twotower.planning.released import RELEASED_CONFIG
 from vllm_twotower.quantize import SCHEMES, Recipe
 
+ONLINE = ("fp8_per_channel", "fp8_per_tensor", "int8_per_channel_weight_only", "nvfp4_per_token")
 MIXER = "context_tower.layers.1.mixer"
 
 
@@ -70,11 +76,23 @@ def scheme_of_matrices(scheme: str | None) -> str | None:
     return found
 
 
+def quantised_online(option: str) -> list:
+    """The kernel of the experts or the error, and whether other matrices are quantised."""
+    config = OnlineQuantizationConfig(_ONLINE_SHORTHANDS[option])
+    others = config.resolve_quant_method_cls(LinearBase, f"{MIXER}.in_proj") is not None
+    *_, method = config.resolve_quant_method_cls(RoutedExperts, f"{MIXER}.experts")
+    try:
+        return [method(moe=experts()).experts_cls.__name__, others]
+    except ValueError as error:
+        return [str(error), others]
+
+
 if __name__ == "__main__":
-    rows = []
-    for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
+    written, online = [], []
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)):
         Gpu.capability = DeviceCapability(*capability)
         with set_current_vllm_config(configured(sys.argv[1])):
             for scheme in (None, *SCHEMES):
-                rows.append([*capability, scheme, kernel_of_experts(scheme), scheme_of_matrices(scheme)])
-    print(json.dumps(rows))
+                written.append([*capability, scheme, kernel_of_experts(scheme), scheme_of_matrices(scheme)])
+            online += [[*capability, option, *quantised_online(option)] for option in ONLINE]
+    print(json.dumps([written, online]))

@@ -588,6 +588,10 @@ def test_calibration_as_table_and_json(capsys: pytest.CaptureFixture[str]) -> No
         ("4 --hardware L40S --memory 10", ["does not fit: its weights take 15.9 GB on each of 8 x L40S"]),
         ("5000 --hardware L40S --context 8192", ["so 4,", "of 5,000 wait"]),
         ("8 --hardware RTX-PRO-6000 --experts-dtype nvfp4", ["Cards: 1 x RTX-PRO-6000", "need a checkpoint made so"]),
+        ("8 --hardware B200 --experts-dtype nvfp4", ["--quantization nvfp4_per_token"]),
+        ("8 --hardware A100-80GB --experts-dtype fp8 --linear-dtype fp8", ["--quantization fp8_per_tensor"]),
+        ("8 --hardware H100 --experts-dtype int8", ["--quantization int8_per_channel_weight_only"]),
+        ("8 --hardware H100 --experts-dtype int4 --linear-dtype fp8", ["new checkpoint> --experts int4 --dense fp8"]),
         ("8 --steps-per-block 2", ["2.0 denoiser passes a block for these texts", "Threshold: 0.8, if these passes"]),
     ],
 )

@@ -7,17 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from .cost_model import CostModel, Load, PlannedMode
+from .hardware import DEVICES
 from .texts import FORCED_TOKENS_PER_PASS, OPEN_PASSES, steps_of_text
 
 UNSURE = 1.25
 """Modes that are closer are not told apart: on published times the planner is off by nearly a fifth
 (``calibration.py``)."""
-
-ONLINE = {
-    "fp8": "--quantization fp8_per_channel",
-    "int8": "--quantization int8_per_channel_weight_only",
-}
-"""vLLM's options that quantise bf16 weights while they are loaded. NVFP4 and int4 need a checkpoint made so."""
 
 TEXTS = {
     "arithmetic": "arithmetic problems",
@@ -143,14 +138,33 @@ def _command(question: Question, cards: int, served: int, context: int, mode: di
     parts = ["vllm serve <checkpoint>"]
     parts += [f"--tensor-parallel-size {cards}"] if cards > 1 else []
     parts += [f"--max-num-seqs {served}", f"--max-model-len {context}"]
-    if question.experts_dtype == question.linear_dtype and question.experts_dtype in ONLINE:
-        parts.append(ONLINE[question.experts_dtype])
+    if online := _online_quantisation(question):
+        parts.append(f"--quantization {online}")
     return " ".join([*parts, f"--additional-config '{json.dumps({'twotower': options})}'"])
 
 
+def _online_quantisation(question: Question) -> str | None:
+    """What makes vLLM quantise a bf16 checkpoint so while it loads it, if it can; where, tells
+    tests/unit/test_kernels_of_schemes.py."""
+    match question.experts_dtype, question.linear_dtype:
+        case "fp8", "fp8":
+            return "fp8_per_channel" if "fp8" in DEVICES[question.card].speedups else "fp8_per_tensor"
+        case "int8", None | "bf16":
+            return "int8_per_channel_weight_only"
+        case "nvfp4", None | "bf16" if question.card == "B200":
+            return "nvfp4_per_token"
+    return None
+
+
 def _quantisation(question: Question) -> list[str]:
-    if not question.experts_dtype and not question.linear_dtype:
+    dtypes = {"experts": question.experts_dtype, "dense": question.linear_dtype}
+    quantised = {part: dtype for part, dtype in dtypes.items() if dtype not in (None, "bf16")}
+    if not quantised:
         return []
-    if question.experts_dtype == question.linear_dtype and question.experts_dtype in ONLINE:
-        return ["Quantised weights have not been tried on a GPU with this plugin."]
-    return ["Such weights need a checkpoint made so; this plugin has not been tried with one."]
+    lines = ["Quantised weights have not been tried on a GPU with this plugin."]
+    if _online_quantisation(question):
+        return lines
+    if "nvfp4" in quantised.values():
+        return [*lines, "These need a checkpoint made so, as by ModelOpt."]
+    options = " ".join(f"--{part} {dtype}" for part, dtype in quantised.items())
+    return [*lines, f"The checkpoint is made by: vllm-twotower quantize <checkpoint> <new checkpoint> {options}"]
