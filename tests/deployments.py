@@ -100,8 +100,8 @@ def ends_in_errors(deployment: Deployment, pattern: str) -> Iterator[None]:
     queues = {segment for segment in segments if segment.name.startswith("psm_")}
     assert queues, "the ranks' message queues"
     assert not any(queue.exists() for queue in queues), "no name that a killed process could leave"
-    deadline = time.monotonic() + FAULT_SECONDS
     yield
+    deadline = time.monotonic() + FAULT_SECONDS  # from the fault on: the body may wait until it happens
     wait_until(lambda: len(errors) == 4, "every request is answered", deadline - time.monotonic())
     assert all(isinstance(error, openai.APIError) for error in errors), errors
     server.process.wait(timeout=deadline - time.monotonic())
