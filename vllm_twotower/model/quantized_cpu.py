@@ -78,7 +78,9 @@ class QuantizedProjection(nn.Module):
         self._is_int8 = args.num_bits == 8 and groups == 1
         weight = torch.zeros(shape, dtype=torch.int8)
         self.weight = nn.Parameter(_packed(weight) if self._is_packed else weight, requires_grad=False)
-        self.weight_scale = nn.Parameter(torch.empty(shape[0], groups), requires_grad=False)
+        # torch's int4 kernel wants scales and zeros side by side, of one group after the other.
+        scale = torch.zeros(groups, shape[0], 2) if self._is_packed else torch.empty(shape[0], groups)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
         set_weight_attrs(self.weight, {"weight_loader": self._load_values})
         set_weight_attrs(self.weight_scale, {"weight_loader": self._load_scale})
 
@@ -88,8 +90,7 @@ class QuantizedProjection(nn.Module):
         if self._is_int8:
             return torch._weight_int8pack_mm(x, self.weight, scale[:, 0])
         if self._is_packed:
-            scales_and_zeros = torch.stack((scale.t(), torch.zeros_like(scale.t())), -1)
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, self._group_size, scales_and_zeros)
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, self._group_size, scale)
         values = self.weight.to(scale.dtype).unflatten(1, (self._groups, -1))
         return F.linear(x, (values * scale.unsqueeze(-1)).flatten(1))
 
@@ -98,7 +99,9 @@ class QuantizedProjection(nn.Module):
         parameter.data.copy_(_packed(values) if self._is_packed else values)
 
     def _load_scale(self, parameter: nn.Parameter, loaded: Tensor) -> None:
-        parameter.data.copy_(self._part(loaded, parameter.shape[self._shard_dim]))
+        scale = self._part(loaded, (self._shape[0], self._groups)[self._shard_dim])
+        of_outputs = parameter.data[..., 0].t() if self._is_packed else parameter.data
+        of_outputs.copy_(scale)
 
     def _part(self, loaded: Tensor, size: int) -> Tensor:
         """This rank's; a scale of a whole row is every rank's."""
