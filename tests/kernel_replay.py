@@ -44,7 +44,7 @@ SCHEMAS = {
     "uniform": "(Tensor seed, Tensor[] counters) -> Tensor",
 }
 """So that the recorder sees a launch as one call."""
-LIBRARY = torch.library.Library("two_tower_kernels", "DEF")
+OPERATORS = torch.library.Library("two_tower_kernels", "DEF")
 MODES = ("mask_diffusion", "ar", "verified")
 ran: Counter[str] = Counter()
 
@@ -60,8 +60,8 @@ def operation(name: str) -> Callable[..., Any]:
         with torch._C.DisableTorchFunction():  # the interpreter reads values on the host
             return on_gpu(args[0], *args[1]) if name == "uniform" else on_gpu(*args)
 
-    LIBRARY.define(name + SCHEMAS[name])
-    LIBRARY.impl(name, launch, "CPU")
+    OPERATORS.define(name + SCHEMAS[name])
+    OPERATORS.impl(name, launch, "CPU")
     defined = getattr(torch.ops.two_tower_kernels, name).default
 
     def call(*args: Any, **kwargs: Any) -> Any:

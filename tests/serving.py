@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -23,6 +24,14 @@ REPOSITORY = Path(__file__).parents[1]
 START_SECONDS = 240
 REQUEST_SECONDS = 120
 LOG_TAIL = 60
+
+
+def printed_by(script: str, *arguments: str) -> Any:
+    """What a script of tests/ prints last, a line of JSON; in a process of its own, whose platform it may replace."""
+    command = [sys.executable, str(Path(__file__).parent / script), *arguments]
+    done = subprocess.run(command, env=server_environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def server_environment() -> dict[str, str]:

@@ -6,16 +6,11 @@ bits. The engine's tokens must be those of an engine without graphs.
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +19,7 @@ from engines import generate, runner, running_engine, tokens_of
 from golden_data import GOLDEN
 from random_requests import draw_prompt
 from replay import tensors_in
+from serving import printed_by
 from stand_in_graphs import StandInCuda, StandInGraph, stand_in_cuda
 from torch import Tensor
 from torch_layers import torch_attention, torch_layers
@@ -216,9 +212,7 @@ def test_what_layers_need_is_made_when_they_run(monkeypatch: pytest.MonkeyPatch)
 
 def test_kernels_are_replayed() -> None:
     """With the Triton kernels in Triton's interpreter, which needs a process of its own."""
-    script = [sys.executable, str(Path(__file__).parents[1] / "kernel_replay.py")]
-    done = subprocess.run(script, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = printed_by("kernel_replay.py")
     assert found["replayed"] == found["expected"]
     assert found["ran"].keys() == set(kernels.__all__)
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import golden_data
 import pytest
 
 pytest.importorskip("vllm")
-from serving import server_environment
+from serving import printed_by
 from vllm.v1.attention.backend import AttentionBackend
 
 from vllm_twotower.model.denoiser import _own_backend
@@ -20,10 +15,7 @@ from vllm_twotower.model.denoiser import _own_backend
 @pytest.fixture(scope="module")
 def configured() -> tuple[list, list]:
     """What tests/fake_cuda.py prints."""
-    script = [sys.executable, str(Path(__file__).parents[1] / "fake_cuda.py"), str(golden_data.checkpoint("A"))]
-    done = subprocess.run(script, env=server_environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_by("fake_cuda.py", str(golden_data.checkpoint("A")))
 
 
 def test_every_gpu_gets_a_backend_that_writes_the_canvas(configured: tuple[list, list]) -> None:

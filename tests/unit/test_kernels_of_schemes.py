@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import golden_data
 import pytest
 
 pytest.importorskip("vllm")
-from serving import server_environment
+from serving import printed_by
 
 CARDS = ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
 PLAIN = dict(
@@ -22,10 +17,7 @@ PLAIN = dict(
 @pytest.fixture(scope="module")
 def chosen() -> tuple[list, list]:
     """What tests/fake_experts.py prints."""
-    script = [sys.executable, str(Path(__file__).parents[1] / "fake_experts.py"), str(golden_data.checkpoint("A"))]
-    done = subprocess.run(script, env=server_environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_by("fake_experts.py", str(golden_data.checkpoint("A")))
 
 
 def test_every_scheme_has_kernels(chosen: tuple[list, list]) -> None:

@@ -70,7 +70,7 @@ class CapturablePasses(Protocol):
         """The pass on the rows that are in the buffers, as :func:`~.pass_decision.outcome` puts what it decides."""
 
 
-class PassSource(Protocol):
+class CapturingModelState(Protocol):
     """The model state: it has the passes, and replays them."""
 
     def capturable_passes(self, attn_groups: Any) -> CapturablePasses: ...
@@ -106,7 +106,7 @@ class PassGraphs(ModelCudaGraphManager):
     def capture(
         self,
         model: nn.Module,
-        model_state: PassSource,
+        model_state: CapturingModelState,
         input_buffers: Any,
         intermediate_tensors: Any,
         block_tables: Any,
