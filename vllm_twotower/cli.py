@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": ("generate with the tiny model, by mask diffusion and token by token", "demo"),
     "init": ("make a TwoTower checkpoint from a Nemotron-H one", "conversion"),
     "inspect": ("say what a checkpoint holds, and the memory it needs", "inspection"),
+    "model-path": ("print the folder of the embedded model, which `vllm serve` takes", "model_path"),
     "plan": ("predict speed and memory on given hardware", "planning.cli"),
     "quantize": ("quantise a checkpoint's experts, or all its matrices", "quantize"),
     "eval": ("accuracy and speed on held-out problems, sweeps, likelihoods", "evaluation.cli"),

@@ -7,18 +7,17 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_twotower.models import embedded_model
 from vllm_twotower.offline import generate, small_engine
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-DEFAULT_MODEL = Path("models/tiny-twotower")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("prompts", nargs="*", help="prompts; by default held-out problems of the tiny model")
-    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="checkpoint folder (default: %(default)s)")
+    parser.add_argument("--model", type=Path, default=embedded_model(), help="checkpoint folder (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=96, help="per prompt (default: %(default)s)")
     parser.add_argument(
         "--confidence-threshold",

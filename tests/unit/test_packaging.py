@@ -1,17 +1,26 @@
-"""What a wheel and an editable install hold; guards the hand-written package list in pyproject.toml."""
+"""What a wheel and an editable install hold, and that the wheel needs no repository beside it."""
 
+import email
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from serving import running_server, server_environment
 
 ROOT = Path(__file__).parents[2]
 # folder in the repository -> package it is imported as
-SOURCES = {"vllm_twotower": "vllm_twotower", "patches": "vllm_twotower/patches"}
+SOURCES = {
+    "vllm_twotower": "vllm_twotower",
+    "patches": "vllm_twotower/patches",
+    "models": "vllm_twotower/models",
+}
+EMBEDDED = "models/tiny-twotower"
 
 
 def modules_on_disk() -> set[str]:
@@ -39,6 +48,35 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """An environment with the wheel; others' packages come from this one, whose `.pth` files do not run there."""
+    folder = tmp_path_factory.mktemp("installed")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    python = folder / "bin/python"
+    purelib = subprocess.check_output(
+        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+    ).strip()
+    Path(purelib, "others.pth").write_text(sysconfig.get_path("purelib"))
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
+    # pip would otherwise take the editable install beside others' packages for an older version, and remove it.
+    subprocess.run([*pip, "--ignore-installed", str(wheel)], check=True)
+    return folder
+
+
+def outside() -> dict[str, str]:
+    """The environment of a server's tests, without what would lead Python to the repository."""
+    return {name: value for name, value in server_environment().items() if name != "PYTHONPATH"}
+
+
+def vllm_twotower(installed: Path, *arguments: str, cwd: Path) -> str:
+    """What the installed command prints."""
+    command = [str(installed / "bin/vllm-twotower"), *arguments]
+    done = subprocess.run(command, cwd=cwd, env=outside(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def import_paths(names: list[str], **kwargs) -> list[Path]:
     code = "import importlib, sys; [print(importlib.import_module(n).__file__) for n in sys.argv[1:]]"
     return [Path(p) for p in subprocess.check_output([sys.executable, "-c", code, *names], text=True, **kwargs).split()]
@@ -47,6 +85,25 @@ def import_paths(names: list[str], **kwargs) -> list[Path]:
 def test_wheel_holds_every_module(wheel):
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
     assert packed == modules_on_disk(), "is a sub-package missing from [tool.setuptools] packages?"
+
+
+def test_wheel_holds_the_embedded_model(wheel):
+    archive = zipfile.ZipFile(wheel)
+    package = f"{SOURCES['models']}/"
+    packed = {name for name in archive.namelist() if name.startswith(package) and not name.endswith(".py")}
+    on_disk = {f"vllm_twotower/{EMBEDDED}/{path.name}": path for path in (ROOT / EMBEDDED).iterdir()}
+    assert packed == on_disk.keys()
+    assert all(archive.read(name) == path.read_bytes() for name, path in on_disk.items())
+
+
+def test_the_page_of_the_package_is_not_empty(wheel):
+    archive = zipfile.ZipFile(wheel)
+    [metadata] = [name for name in archive.namelist() if name.endswith("/METADATA")]
+    page = email.message_from_bytes(archive.read(metadata))
+    assert page["Description-Content-Type"] == "text/markdown"
+    assert page.get_payload() == (ROOT / "README.md").read_text()
+    assert {link.partition(", ")[0] for link in page.get_all("Project-URL")} == {"Paper", "vLLM"}
+    assert page.get_all("Classifier")
 
 
 def test_every_folder_is_a_package():
@@ -70,11 +127,60 @@ def test_wheel_imports(wheel, tmp_path):
     assert patches == tmp_path / "vllm_twotower/patches/__init__.py"
 
 
+def test_installed_wheel_is_what_runs(installed, tmp_path):
+    """Its modules and its entry points: those of the editable install have the same names."""
+    code = (
+        "import importlib.metadata as m, vllm_twotower, vllm_twotower.patches as patches;"
+        "[plugin] = m.entry_points(group='vllm.general_plugins', name='twotower');"
+        "print(vllm_twotower.__file__, patches.__file__, plugin.dist.locate_file(''), sep='\\n')"
+    )
+    python = str(installed / "bin/python")
+    places = subprocess.check_output([python, "-c", code], cwd=tmp_path, env=outside(), text=True).splitlines()
+    assert [place for place in places if not Path(place).is_relative_to(installed)] == []
+
+
+def test_model_path_is_a_folder_of_the_installation(installed, tmp_path):
+    path = Path(vllm_twotower(installed, "model-path", cwd=tmp_path).removesuffix("\n"))
+    assert path.is_relative_to(installed)
+    assert (path / "model.safetensors").read_bytes() == (ROOT / EMBEDDED / "model.safetensors").read_bytes()
+
+
+def test_demo_runs_in_an_empty_folder(installed, tmp_path):
+    printed = vllm_twotower(installed, "demo", cwd=tmp_path)
+    assert "The answer is" in printed
+    assert "texts are exactly the autoregressive ones" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_embedded_model_is_served_from_an_empty_folder(installed, tmp_path):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+
+    def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen:
+        vllm = [str(installed / "bin/python"), "-m", "vllm.entrypoints.cli.main"]
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                [*vllm, *command[1:]],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env={name: value for name, value in environment.items() if name != "PYTHONPATH"},
+                start_new_session=True,
+            )
+
+    model = vllm_twotower(installed, "model-path", cwd=folder).removesuffix("\n")
+    with running_server(model, tmp_path / "log", "--max-model-len", "1024", starter=start) as server:
+        question = {"prompt": "Question: What is 7 + 5?\nAnswer:", "max_tokens": 64, "temperature": 0}
+        assert "The answer is 12." in server.post("/v1/completions", **question).json()["choices"][0]["text"]
+    assert list(folder.iterdir()) == []
+
+
 @pytest.mark.parametrize("cwd", [Path("/"), ROOT], ids=["elsewhere", "in the repository"])
-def test_installation_imports_in_a_new_process(cwd):
+@pytest.mark.parametrize("folder", ["models", "patches"])
+def test_installation_imports_in_a_new_process(folder, cwd):
     """vLLM starts its engine in new processes; the editable install must reach them, wherever they run."""
-    [path] = import_paths(["vllm_twotower.patches"], cwd=cwd)
-    assert path in (ROOT / "patches/__init__.py", path.parents[1] / "patches/__init__.py")
+    [path] = import_paths([f"vllm_twotower.{folder}"], cwd=cwd)
+    assert path in (ROOT / folder / "__init__.py", path.parents[1] / folder / "__init__.py")
 
 
 def test_lock_is_pinned_and_cpu_only():
