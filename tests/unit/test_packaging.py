@@ -2,6 +2,7 @@
 
 import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 from serving import running_server, server_environment
 
 ROOT = Path(__file__).parents[2]
@@ -190,6 +192,18 @@ def test_lock_is_pinned_and_cpu_only():
     unwanted = ("torchvision", "torchaudio", "torchcodec", "triton", "nvidia-", "cuda-")
     assert [pin for pin in pins if pin.startswith(unwanted)] == []
     assert "torch==2.13.0+cpu" in pins
+
+
+def test_tools_for_contributors_are_those_of_the_lock_and_the_makefile():
+    lock = (ROOT / "requirements/cpu.lock").read_text().splitlines()
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert {hook["id"] for hook in hooks} == {"ruff-check", "ruff-format"}
+    assert all(set(hook["additional_dependencies"]) <= set(lock) for hook in hooks)
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
+    targets = {step.split()[1] for step in steps if step.startswith("make ")}
+    assert {"setup", "lint", "test"} <= targets
+    assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 FAKE_PYTHON = """#!/bin/sh
