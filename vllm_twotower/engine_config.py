@@ -19,7 +19,7 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm_twotower.architecture import DEFAULT_CANVAS_LENGTH, DEFAULT_MASK_TOKEN_ID, TwoTowerConfig
 from vllm_twotower.checkpoint import lacks_denoiser
 from vllm_twotower.engine.processes import keep_signals_of_forked_processes
-from vllm_twotower.options import ATTENTION_BACKENDS, ATTENTION_REASON, EngineOptions
+from vllm_twotower.options import ADDITIONAL_CONFIG_KEY, ATTENTION_BACKENDS, ATTENTION_REASON, EngineOptions
 from vllm_twotower.parallel import check_tensor_parallel_size
 from vllm_twotower.ray_devices import check_ray_devices
 
@@ -82,6 +82,10 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
             vllm_config.model_config.get_vocab_size(),
             **defaults,
         )
+        if options.ablation is not None:
+            from vllm_twotower.experiments.ablation import check
+
+            check(f"additional_config['{ADDITIONAL_CONFIG_KEY}'].ablation", options.ablation, vllm_config)
         options.store(vllm_config.model_config)
         if options.context_alone:
             logger.info("The context tower is served alone, without the denoiser: its only mode is 'ar'.")

@@ -34,7 +34,9 @@ FIRST_MODE = "twotower_first_mode"
 
 Mode = Literal["mask_diffusion", "verified", "ar", "auto"]
 
-_OF_DENOISER = {"confidence_threshold", "mask_token_id", "lossless", "draft_steps", "prompt_tokens_beside_blocks"}
+_OF_DENOISER = {
+    "confidence_threshold", "mask_token_id", "lossless", "draft_steps", "prompt_tokens_beside_blocks", "ablation",
+}  # fmt: skip
 _NO_DENOISER = "needs the denoiser; with additional_config['twotower'].towers='context' the only mode is 'ar'"
 
 # What became of options of earlier versions.
@@ -139,6 +141,7 @@ class EngineOptions:
     ``denoise_steps_per_engine_step`` bounds the passes of one engine step; ``auto`` goes on while no request waits for
     the step's end. Beside blocks, prompts may take as many tokens of a step as the blocks of all open requests would,
     and at least ``prompt_tokens_beside_blocks``.
+    ``ablation`` takes something away from the denoiser, in developer mode (``experiments/ablation.py``).
     ``request_metrics`` is the level of ``--per-request-spec-decode-metrics``, ``seed`` that of ``--seed``, for requests
     without one of their own. With ``custom_arguments`` a request's ``extra_args`` may hold those of custom logits
     processors.
@@ -156,6 +159,7 @@ class EngineOptions:
     denoise_steps_per_engine_step: int | Literal["auto"] = _option(_steps_or_auto, default="auto")
     prompt_tokens_beside_blocks: int = _option(lambda name, value, _: _integer(name, value, 1, None), default=64)
     towers: Literal["both", "context"] = _option(_towers, default="both")
+    ablation: Mapping[str, Any] | None = _option(lambda name, value, _: value, default=None)
     request_metrics: str = "none"
     custom_arguments: bool = False
     seed: int = 0

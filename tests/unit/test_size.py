@@ -19,7 +19,8 @@ ENTRIES = (
     "vllm_twotower.model.two_tower",
 )
 """What vLLM loads by name: entry points, and the classes that the configuration names."""
-APART = ("vllm_twotower.patches", "vllm_twotower.kernels")
+APART = ("vllm_twotower.patches", "vllm_twotower.kernels", "vllm_twotower.experiments")
+"""Of the last a server imports the ablations alone, in developer mode."""
 ROOT = Path(find_spec(PACKAGE).origin).parent
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 

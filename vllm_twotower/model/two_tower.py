@@ -106,8 +106,13 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
             # With patterns of its own vLLM's loader does not ask for the denoiser's files, which the index may name.
             self.allow_patterns_overrides = ["*.safetensors"]
         else:
-            self.denoiser_tower = DenoiserTower(vllm_config, maybe_prefix(prefix, DENOISER_PREFIX))
-            self.time_conditioning = TimeConditioning(config.hidden_size, len(config.hybrid_override_pattern))
+            make_tower, make_time = DenoiserTower, TimeConditioning
+            if self.options.ablation is not None:
+                from vllm_twotower.experiments.ablation import ablated
+
+                make_tower, make_time = ablated(self.options.ablation)
+            self.denoiser_tower = make_tower(vllm_config, maybe_prefix(prefix, DENOISER_PREFIX))
+            self.time_conditioning = make_time(config.hidden_size, len(config.hybrid_override_pattern))
             self.lm_head = lm_head("lm_head")
             self.denoiser_head = OutputHead(self.lm_head, self.logits_processor)
         self.logit_tile = logit_rows_per_tile(config.vocab_size, self.options.canvas_length)

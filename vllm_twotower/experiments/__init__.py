@@ -1,0 +1,1 @@
+"""Sweeps and ablations through the engine: ``vllm-twotower experiment``."""
