@@ -5,8 +5,7 @@ from typing import Any
 from vllm_twotower.patches.registry import serves_two_tower
 
 
-@property
-def spec_decoding_cls(self: Any) -> type:
+def _spec_decoding_cls(self: Any) -> type:
     """The class of metrics that a Prometheus logger makes: ours for a TwoTower engine, else vLLM's."""
     if serves_two_tower(self.vllm_config.model_config):
         from vllm_twotower.engine.metrics import TwoTowerProm
@@ -15,3 +14,6 @@ def spec_decoding_cls(self: Any) -> type:
     from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
     return SpecDecodingProm
+
+
+spec_decoding_cls = property(_spec_decoding_cls)

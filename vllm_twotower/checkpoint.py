@@ -26,9 +26,10 @@ class WeightCheck:
 
     def __init__(self, config: TwoTowerConfig, quantization: Quantization | None = None, context_alone: bool = False):
         self._quantization = quantization
-        self._missing: dict[str, tuple[int, ...] | None] = dict(tensor_shapes(config, context_alone))
+        shapes = tensor_shapes(config, context_alone)
+        self._missing: dict[str, tuple[int, ...] | None] = {**shapes}
         if quantization is not None:
-            self._missing = quantization.stored_shapes(self._missing)
+            self._missing = quantization.stored_shapes(shapes)
 
     def seen(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors, each checked as by :meth:`see_shape`, without the scales of quantised keys and values."""

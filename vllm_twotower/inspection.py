@@ -58,8 +58,9 @@ def layout_faults(
         if name not in wanted and not (quantization is not None and quantization.may_have(name)):
             faults.append(f"extra: {name} {list(shape)}")
     for name, shape in found.items():
-        if wanted.get(name) is not None and shape != wanted[name]:
-            faults.append(f"other shape: {name} is {list(shape)}, the configuration asks for {list(wanted[name])}")
+        asked = wanted.get(name)
+        if asked is not None and shape != asked:
+            faults.append(f"other shape: {name} is {list(shape)}, the configuration asks for {list(asked)}")
     return faults
 
 

@@ -79,5 +79,5 @@ def generate(llm: LLM, prompts: list[str], max_tokens: int, options: dict, ignor
 def tower_passes(llm: LLM, mode: str | None) -> int:
     """Passes of all requests so far that give tokens in a mode: of the denoiser, of the context tower, or of both."""
     context, denoiser = "vllm:twotower_num_context_passes", "vllm:diffusion_num_denoising_steps"
-    names = {"ar": (context,), "verified": (context, denoiser)}.get(mode, (denoiser,))
+    names = {"ar": (context,), "verified": (context, denoiser)}.get(mode or "", (denoiser,))
     return sum(m.value for m in llm.get_metrics() if m.name in names)

@@ -130,7 +130,7 @@ def _find(port: int) -> tuple[str | None, list[psutil.Process]]:
     head = next((command for command in commands.values() if f"--gcs_server_port={port} " in command), None)
     if head is None:
         return None, []
-    session = re.search(r"--log_dir=(\S+)/logs ", head)[1]
+    session = re.findall(r"--log_dir=(\S+)/logs ", head)[0]
     # The server of Ray's client, which ranks do not use but a head always has, does not name the session.
     names = (session, f"ray.util.client.server --address={LOOPBACK}:{port} ")
     found = dict.fromkeys(process for process, command in commands.items() if any(name in command for name in names))

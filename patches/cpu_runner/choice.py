@@ -35,4 +35,5 @@ def for_two_tower_as_if_with_triton(method: Callable[[Any], Any]) -> Callable[[A
 
 def choose(upstream: property) -> property:
     """``use_v2_model_runner`` answers for the TwoTower model as it does where Triton works."""
+    assert upstream.fget is not None
     return property(for_two_tower_as_if_with_triton(upstream.fget))

@@ -26,4 +26,4 @@ def zero_kv_blocks(
 def pages_at(address: int, num_pages: int, stride: int, page_size: int) -> np.ndarray:
     """A view [num_pages, page_size] of this process's memory as int32; valid as long as the memory's owner lives."""
     memory = (ctypes.c_int32 * ((num_pages - 1) * stride + page_size)).from_address(address)
-    return np.ndarray((num_pages, page_size), np.int32, buffer=memory, strides=(4 * stride, 4))
+    return np.ndarray((num_pages, page_size), np.int32, buffer=memoryview(memory).cast("B"), strides=(4 * stride, 4))

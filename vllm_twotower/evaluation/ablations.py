@@ -43,5 +43,5 @@ def ablated(model: TwoTowerModel, change: Change) -> TwoTowerModel:
     def denoiser_logits(canvas: Tensor, context: State, t: Tensor) -> Tensor:
         return model.denoiser_logits(canvas, *change(model, context, t))
 
-    variant.denoiser_logits = denoiser_logits
+    variant.denoiser_logits = denoiser_logits  # type: ignore[method-assign, assignment]  # of this copy alone
     return variant

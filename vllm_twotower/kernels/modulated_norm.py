@@ -29,6 +29,7 @@ def gated_residual_norm(
     """
     x = x.view(len(shift), -1, x.shape[1])
     if mixed is not None:
+        assert gate is not None
         x = torch.addcmul(x, gate.unsqueeze(1), mixed.view(x.shape))
     shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
     if before:

@@ -48,7 +48,8 @@ ONE_KERNEL = HUGGING_FACE._replace(loops_over_experts=False)
 VLLM_EAGER, MLX = Program(28), Program(48)
 
 
-class Passes(NamedTuple):
+@dataclass(frozen=True)
+class Passes:
     """Passes of one kind: ``ar``, ``denoiser``, ``block`` (16 tokens read by the context tower) or ``prompt``."""
 
     kind: str

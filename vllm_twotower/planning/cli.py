@@ -149,6 +149,7 @@ def run(args: argparse.Namespace) -> None:
         )
     try:
         config = TwoTowerConfig.from_dict(args.model)
+        answer: dict[str, Any] | list[dict[str, Any]]
         if args.calibration:
             answer, as_words = calibration_data(config), calibration_table(config)
         elif args.recommend:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -121,11 +121,11 @@ class ModelSize:
         return self.state_bytes + context_len * self.kv_bytes_per_token
 
 
-def _parameters(config: TwoTowerConfig, shards: int, key_value_shards: int) -> Counter[str]:
+def _parameters(config: TwoTowerConfig, shards: int, key_value_shards: int) -> defaultdict[str, float]:
     """Parameters of one tower on a GPU by part; ``linear`` is a part of ``dense``."""
     from vllm_twotower.architecture import tensor_shapes
 
-    found: Counter[str] = Counter()
+    found: defaultdict[str, float] = defaultdict(float)
     for name, shape in tensor_shapes(config).items():
         count = prod(shape)
         if name.startswith(("context_tower.", "context_lm_head.")):
@@ -148,7 +148,7 @@ def _parameters(config: TwoTowerConfig, shards: int, key_value_shards: int) -> C
 
 
 def _conv_channels(config: TwoTowerConfig, tensor_parallel_size: int) -> float:
-    groups = 2 * config.n_groups * config.ssm_state_size
+    groups: float = 2 * config.n_groups * config.ssm_state_size
     if config.n_groups > 1:
         groups /= tensor_parallel_size
     return config.mamba_intermediate_size / tensor_parallel_size + groups

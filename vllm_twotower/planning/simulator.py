@@ -19,7 +19,7 @@ import numpy as np
 from vllm_twotower.options import AUTO_PASSES_PER_STEP
 
 from .accepted_tokens import AcceptedTokens
-from .cost_model import CostModel, PlannedMode
+from .cost_model import CostModel, PlannedMode, Tower
 from .steps_per_block import StepsPerBlock
 
 
@@ -132,8 +132,9 @@ class _Simulation:
         rows = int(drafting.sum())
         if rows:
             in_cache = self._context_len()[drafting].sum()
-            for tower in ["denoiser"] * traffic.draft_steps + ["context"]:
-                self._run(tower, rows, rows * block, in_cache, rows * block)
+            for _ in range(traffic.draft_steps):
+                self._run("denoiser", rows, rows * block, in_cache, rows * block)
+            self._run("context", rows, rows * block, in_cache, rows * block)
         self._generated += 1
         self._generated[drafting] += traffic.accepted.sample(self._random, rows)
 
@@ -147,7 +148,7 @@ class _Simulation:
             self._generated += 1  # a prompt's pass gives the first token
             return
         is_auto = self._passes_per_step == "auto"
-        for count in range(AUTO_PASSES_PER_STEP if is_auto else self._passes_per_step):
+        for count in range(AUTO_PASSES_PER_STEP if self._passes_per_step == "auto" else self._passes_per_step):
             canvases = self._passes_left > 0
             if not canvases.any() or (is_auto and count and not canvases.all()):
                 break
@@ -171,7 +172,7 @@ class _Simulation:
             count = int(rows.sum())
             self._run("context", count, int(tokens.sum()), in_cache, count * with_head)
 
-    def _run(self, tower: str, rows: int, tokens: int, context_tokens: int, head_rows: int) -> None:
+    def _run(self, tower: Tower, rows: int, tokens: int, context_tokens: int, head_rows: int) -> None:
         result = self._result
         result.seconds += self._cost_model.pass_cost(tower, rows, tokens, int(context_tokens), head_rows).seconds
         result.context_passes += tower == "context"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
@@ -51,7 +51,7 @@ class StepsPerBlock:
         excess = sum(most * count for _, most, count in found) - total_passes
         width = sum((most - fewest) * count for fewest, most, count in found)
         share = min(1.0, max(0.0, excess / width)) if width else 0.0
-        counts: Counter[int] = Counter()
+        counts: defaultdict[int, float] = defaultdict(float)
         for fewest, most, count in found:
             counts[fewest] += count * share
             counts[most] += count * (1 - share)
@@ -61,7 +61,7 @@ class StepsPerBlock:
     @classmethod
     def of_metrics(cls, text: str) -> StepsPerBlock:
         """From what ``/metrics`` returns; the engines of one server are added up. Raises ValueError without blocks."""
-        cumulative: Counter[float] = Counter()
+        cumulative: defaultdict[float, float] = defaultdict(float)
         total = 0.0
         for line in text.splitlines():
             if match := _BUCKET.match(line):

@@ -102,6 +102,7 @@ class Router(nn.Module):
     def __init__(self, c: TwoTowerConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
+        self.e_score_correction_bias: Tensor
         self.register_buffer("e_score_correction_bias", torch.zeros(c.n_routed_experts))
         self.top_k, self.normalise, self.scale = c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
         nn.init.normal_(self.weight, std=0.02)
@@ -313,7 +314,8 @@ class Mamba2(nn.Module):
         On CPUs this trains several times faster than a grouped convolution.
         """
         taps = self.conv1d.weight.squeeze(1).unbind(1)
-        out = sum(inputs[:, k : k + length] * tap for k, tap in enumerate(taps))
+        first, *others = (inputs[:, k : k + length] * tap for k, tap in enumerate(taps))
+        out = sum(others, start=first)
         return out if self.conv1d.bias is None else out + self.conv1d.bias
 
     def state_after(self, trace: MambaTrace) -> MambaState:

@@ -6,9 +6,11 @@ code generates (batch of one) and trains (batches of sequences, several blocks o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -56,7 +58,7 @@ class Layer(nn.Module):
         super().__init__()
         self.kind = kind
         self.norm = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
-        self.mixer = _MIXERS[kind](c)
+        self.mixer: Any = _MIXERS[kind](c)
 
     def modulated_norm(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """Mamba and attention layers modulate before the norm, MLP and MoE layers after it."""
@@ -71,7 +73,7 @@ class Tower(nn.Module):
     def __init__(self, c: TwoTowerConfig):
         super().__init__()
         self.embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Layer(c, kind) for kind in c.pattern)
+        self.layers = cast(Sequence[Layer], nn.ModuleList(Layer(c, kind) for kind in c.pattern))
         self.norm_f = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
         self.bidirectional_mamba = c.bidirectional_mamba
 
@@ -180,8 +182,8 @@ class TwoTowerModel(nn.Module):
         known = next((state.keys.shape[1] for state in past or () if isinstance(state, AttentionState)), 0)
         mask = causal_mask(tokens.shape[1], known, tokens.device)
         hidden, seen = self.context_tower.advance(tokens, past, partial(dense_attention, mask=mask))
-        state = [
-            layer.mixer.state_after(trace) if layer.kind == "M" else trace
+        state: list[LayerState] = [
+            layer.mixer.state_after(trace) if isinstance(trace, MambaTrace) else trace
             for layer, trace in zip(self.context_tower.layers, seen, strict=True)
         ]
         return self.context_lm_head(hidden[:, -1]), state
@@ -217,7 +219,7 @@ class TwoTowerModel(nn.Module):
         with torch.set_grad_enabled(train_context and torch.is_grad_enabled()):
             _, seen = self._read(tokens)
             context: list[LayerState] = [
-                trace.state_before(block_starts, layer.mixer.history) if layer.kind == "M" else trace
+                trace.state_before(block_starts, layer.mixer.history) if isinstance(trace, MambaTrace) else trace
                 for layer, trace in zip(self.context_tower.layers, seen, strict=True)
             ]
         attend = attention(block_starts, canvas.shape[2], tokens.shape[1])

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import entry_points
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,8 @@ class DenoiserPass:
     def rows(self, index: Tensor) -> DenoiserPass:
         """The canvases ``index`` (n,) alone."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return DenoiserPass(**{name: None if x is None else x[index] for name, x in columns.items()})
+        chosen: dict[str, Any] = {name: None if x is None else x[index] for name, x in columns.items()}
+        return DenoiserPass(**chosen)
 
 
 @dataclass
@@ -168,6 +170,7 @@ def predict_and_noise(denoised: DenoiserPass, options: RowOptions) -> Commit:
     k = torch.where(options.adaptive_unmasking, adaptive, scheduled)
     k = torch.where(step >= options.max_steps - 1, n, k)
 
+    assert denoised.margin is not None
     by = options.remasking[:, None]
     score = torch.where(by == REMASKING_SCORES.index("margin"), denoised.margin, denoised.confidence).double()
     score = torch.where(by == REMASKING_SCORES.index("random"), _random(denoised, options, step), score)
@@ -183,6 +186,7 @@ def posterior(denoised: DenoiserPass, options: RowOptions) -> Commit:
     A step that commits nothing leaves the canvas as it was, so the next one follows without a new pass, as in
     Megatron-LM, which caches the model's output. The last step commits what is left.
     """
+    assert denoised.energy is not None
     masked, last = denoised.masked, options.max_steps - 1
     ahead = torch.arange(int(options.max_steps.max()), device=masked.device)
     steps = torch.minimum(torch.maximum(ahead, denoised.step[:, None]), torch.maximum(last, denoised.step)[:, None])

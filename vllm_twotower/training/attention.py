@@ -45,8 +45,8 @@ def flex_blocks(block_starts: Tensor, width: int, length: int) -> Attend:
     mask = tile_mask(block_starts, width, length)
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        by_head = (x.transpose(1, 2) for x in (queries, keys, values))
-        return _fused_attention(*by_head, block_mask=mask, enable_gqa=True).transpose(1, 2)
+        queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+        return _fused_attention(queries, keys, values, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
     return attend
 

@@ -195,7 +195,7 @@ class TrainConfig:
         for name in ("model", "tokenizer", "ar"):
             if not getattr(self, name):
                 raise TrainConfigError(f"missing key {name} (or init_from, a checkpoint to start from)")
-        if self.model.get("vocab_size") != self.tokenizer.vocab_size:
+        if self.tokenizer and self.model.get("vocab_size") != self.tokenizer.vocab_size:
             raise TrainConfigError("model.vocab_size and tokenizer.vocab_size differ")
 
     @property
@@ -230,7 +230,7 @@ def parse_section(section: type, content: Any, where: str) -> Any:
 def _parse_value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, UnionType):  # an optional section
         hint = next(choice for choice in get_args(hint) if choice is not type(None))
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return parse_section(hint, value, where)
     expected = get_origin(hint) or hint
     if expected is list and isinstance(value, list):

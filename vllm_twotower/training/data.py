@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,11 +69,12 @@ Batch = ARBatch | DenoiserBatch
 
 def part_of(batch: Batch, start: int, step: int, device: torch.device) -> Batch:
     """Every ``step``-th sequence from ``start`` on, on a device."""
-    parts = {}
+    parts: dict[str, Any] = {}
     for name, value in vars(batch).items():
         if isinstance(value, Tensor):
             parts[name] = (value[start::step] if value.ndim else value).to(device, non_blocking=True)
-    return replace(batch, **parts)
+    either: Any = batch
+    return replace(either, **parts)
 
 
 def step_rng(seed: int, stage: str, step: int) -> random.Random:

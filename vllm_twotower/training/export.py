@@ -144,7 +144,7 @@ def _training_section(config: TrainConfig, progress: dict[str, Progress], run_di
     rows = "\n".join(
         _stage_row(stage, settings, progress[name], read_log(run_dir, name))
         for name, stage, settings in ((AR, "context tower, AR", config.ar), (DENOISER, "denoiser", config.denoiser))
-        if name in progress
+        if name in progress and settings is not None
     )
     python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     data, denoiser = config.data, config.denoiser

@@ -29,6 +29,7 @@ def prepare_tokenizer(config: TrainConfig, run_dir: Path) -> Tokenizer:
         if config.init_from:
             copy_tokenizer(Path(config.init_from), folder)
         else:
+            assert config.tokenizer is not None
             texts = ("".join(text) for text in _mixed_texts(config))
             tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
             save_tokenizer(tokenizer, folder, config.model["max_position_embeddings"])
@@ -37,6 +38,7 @@ def prepare_tokenizer(config: TrainConfig, run_dir: Path) -> Tokenizer:
 
 def _mixed_texts(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """The tokenizer's share of every source."""
+    assert config.tokenizer is not None
     total = sum(source.documents for source in config.data.sources)
     for source in config.data.sources:
         share = config.tokenizer.documents * source.documents // total if total else config.tokenizer.documents
@@ -94,15 +96,15 @@ def load_latest(config: TrainConfig, run_dir: Path) -> tuple[TwoTowerModel, dict
 
 def ar_stage(model: TwoTowerModel, config: TrainConfig, corpus: Corpus) -> Stage:
     """Stage 1: the context tower and its head predict the next token."""
+    stage = config.ar
+    assert stage is not None
     return Stage(
         name=AR,
-        config=config.ar,
+        config=stage,
         trained=[model.context_tower, model.context_lm_head],
-        make_batch=lambda step: make_ar_batch(
-            step_rng(config.seed, AR, step), config.ar.batch_size, config.data, corpus
-        ),
+        make_batch=lambda step: make_ar_batch(step_rng(config.seed, AR, step), stage.batch_size, config.data, corpus),
         loss=ar_loss,
-        tokens_per_step=config.ar.batch_size * config.data.sequence_length,
+        tokens_per_step=stage.batch_size * config.data.sequence_length,
     )
 
 

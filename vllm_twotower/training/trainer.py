@@ -39,7 +39,7 @@ class Stage:
     config: StageConfig
     trained: list[nn.Module | nn.ParameterList]
     make_batch: Callable[[int], Batch]  # step -> batch
-    loss: Callable[[TwoTowerModel, Batch], Tensor]
+    loss: Callable[[TwoTowerModel, Any], Tensor]  # of a batch of its own kind
     tokens_per_step: int  # positions that the trained tower predicts
 
 
@@ -158,7 +158,8 @@ def read_log(run_dir: Path, stage: str) -> list[dict[str, Any]]:
 def _make_optimizer(model: TwoTowerModel, stage: Stage) -> torch.optim.AdamW:
     """AdamW on the stage's parameters, all others frozen; no weight decay for vectors (norms, biases, A, D, dt)."""
     model.requires_grad_(False)
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in _parameters(stage):
         parameter.requires_grad_(True)
         (decayed if parameter.ndim > 1 else others).append(parameter)
@@ -206,18 +207,19 @@ def _train_step(
 def _log(run_dir: Path, stage: Stage, progress: Progress, recent: list[tuple[Tensor, Tensor]]) -> float:
     """Writes means since the last entry, returns the loss; raises FloatingPointError if a loss is not finite."""
     losses, norms = (torch.stack(values).mean() for values in zip(*recent, strict=True))
+    loss = mean_over_ranks(losses.item())
     entry = {
         "stage": stage.name,
         "step": progress.step,
         "tokens": progress.step * stage.tokens_per_step,
-        "loss": mean_over_ranks(losses.item()),
+        "loss": loss,
         "gradient_norm": norms.item(),
         "learning_rate": learning_rate(stage.config, progress.step - 1),
         "seconds": round(progress.seconds, 1),
     }
-    if not math.isfinite(entry["loss"]):
-        raise FloatingPointError(f"the loss of stage {stage.name} is {entry['loss']} up to step {progress.step}")
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss of stage {stage.name} is {loss} up to step {progress.step}")
     if rank() == 0:
         with (run_dir / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
-    return entry["loss"]
+    return loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 HELD_OUT_ONE_IN = 20
@@ -21,7 +21,7 @@ THINGS = (
 CONTAINERS = ("bags", "boxes", "baskets", "jars", "drawers")
 
 Key = tuple[int | str, ...]
-Fields = dict[str, int | str]
+Fields = Mapping[str, object]
 Drawn = tuple[Key, Fields]
 
 
@@ -96,6 +96,6 @@ def _scenery(rng: random.Random) -> Fields:
     }
 
 
-def listed(items: object) -> str:
+def listed(items: Iterable[object]) -> str:
     """Items with commas."""
     return ", ".join(map(str, items))

@@ -50,9 +50,9 @@ def _weekdays(rng: random.Random) -> Drawn:
     day, days = rng.randint(1, 10), rng.randint(2, 18)
     weeks, rest = divmod(days, 7)
     path = ", ".join(DAYS[(known + i) % 7] for i in range(rest + 1))
-    fields = {"start": f"{MONTHS[month]} {day}", "end": f"{MONTHS[month]} {day + days}", "known": DAYS[known]}
+    fields: dict[str, object] = {"start": f"{MONTHS[month]} {day}", "end": f"{MONTHS[month]} {day + days}"}
     fields |= {"day": day, "later": day + days, "days": days, "weeks": weeks, "rest": rest, "path": path}
-    return (month, known, day, days), {**fields, "asked": DAYS[(known + rest) % 7]}
+    return (month, known, day, days), {**fields, "known": DAYS[known], "asked": DAYS[(known + rest) % 7]}
 
 
 def _written_dates(rng: random.Random) -> Drawn:
