@@ -36,7 +36,7 @@ class CommittedMambaMetadataBuilder(Mamba2AttentionMetadataBuilder):
         self.use_spec_decode = False
         self.supports_update_block_table = True
         self.reorder_batch_threshold = 1
-        self.state_indices_tensor_d = self.state_indices_tensor_d[:, :1].contiguous()
+        self.state_indices_tensor_d: Tensor = self.state_indices_tensor_d[:, :1].contiguous()
 
 
 class CommittedMambaBackend(Mamba2AttentionBackend):
@@ -144,6 +144,7 @@ class ContextMambaMixer(MambaMixer2):
     def commit(self, read: UncommittedRead, counts: Tensor) -> None:
         """Writes the states after the first ``counts`` (R,) tokens of the rows that it has read."""
         kept, states = read.scanned, cached_states(self)
+        assert kept is not None
         commit_states(kept.xbc, kept.x, kept.dt, self.dt_bias, self.A, kept.b, counts, *states, read.state_indices)
 
     def get_attn_backend(self) -> type[CommittedMambaBackend]:

@@ -70,7 +70,7 @@ class DenoiserAttention(NemotronHAttention):
         super().__init__(config, layer_idx, model_config, cache_config, quant_config, prefix)
         name = self.attn.layer_name
         del get_current_vllm_config().compilation_config.static_forward_context[name]
-        self.attn = Attention(
+        self.attn: Attention = Attention(
             self.num_heads,
             self.head_dim,
             self.scaling,
@@ -210,12 +210,15 @@ class DenoiserTower(NemotronHModel):
 
         Args: input_ids (T,); shared (R, 3, H), the time conditioning of each row; tables, one (3, H) a layer.
         """
-        x, mixed, gate = self.embed_input_ids(input_ids), None, None
+        x, mixed = self.embed_input_ids(input_ids), None
+        gate: Tensor | None = None
         modulation = shared + torch.stack(tuple(tables))[:, None]  # (layers, R, 3, H)
         modulation[:, :, 1] += 1
         for layer, of_layer in zip(self.layers, modulation, strict=True):
             shift, scale, next_gate = of_layer.unbind(1)
             x, mixed = layer(x, mixed, gate, shift, scale, rows)
             gate = next_gate
+        assert mixed is not None
+        assert gate is not None
         x = torch.addcmul(rows.by_row(x), gate.unsqueeze(1), rows.by_row(mixed))
         return self.norm_f(x.flatten(0, 1))

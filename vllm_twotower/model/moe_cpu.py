@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,7 +68,7 @@ class CpuMoE(nn.Module):
         width = divide(config.moe_intermediate_size, self.tp_size)
         self.num_experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
         self.normalise, self.scale = config.norm_topk_prob, config.routed_scaling_factor
-        self.gate = nn.Module()
+        self.gate: Any = nn.Module()
         self.gate.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size), requires_grad=False)
         self.gate.e_score_correction_bias = nn.Parameter(
             torch.empty(self.num_experts, dtype=torch.float32), requires_grad=False
@@ -76,13 +79,14 @@ class CpuMoE(nn.Module):
             kept = quantized_projection(quantization, f"{prefix}.experts.{name}", shape, shard_dim, self.tp_size)
             return _Projection(shape, shard_dim) if kept is None else kept
 
-        self.experts = nn.ModuleList(
+        experts = (
             _Expert(
                 projection(f"{i}.up_proj", (width, config.hidden_size), 0),
                 projection(f"{i}.down_proj", (config.hidden_size, width), 1),
             )
             for i in range(self.num_experts)
         )
+        self.experts = cast(Iterable[_Expert], nn.ModuleList(experts))
         self.shared_experts = NemotronHMLP(
             config,
             hidden_size=config.hidden_size,

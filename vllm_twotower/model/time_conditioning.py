@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t (R,) in [0, 1] -> (R, H)."""
-        dtype = self.mlp[0].weight.dtype
+        dtype = cast(nn.Linear, self.mlp[0]).weight.dtype
         return self.mlp(sinusoidal_embedding(t.to(dtype) * 1000).to(dtype))
 
 

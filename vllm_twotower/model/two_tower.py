@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -106,7 +106,8 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
             # With patterns of its own vLLM's loader does not ask for the denoiser's files, which the index may name.
             self.allow_patterns_overrides = ["*.safetensors"]
         else:
-            make_tower, make_time = DenoiserTower, TimeConditioning
+            make_tower: Callable[..., DenoiserTower] = DenoiserTower
+            make_time: Callable[..., TimeConditioning] = TimeConditioning
             if self.options.ablation is not None:
                 from vllm_twotower.experiments.ablation import ablated
 
@@ -141,6 +142,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         self._step_logits, hidden = self._run(plan)
         if plan.context is None or plan.context.prompt_tokens is None:
             return positions.new_empty((len(positions), 0))
+        assert hidden is not None
         here, in_batch = plan.context.prompt_tokens
         return hidden.new_zeros((len(positions), hidden.shape[1])).index_copy_(0, in_batch, hidden[here])
 
@@ -155,6 +157,7 @@ class NemotronHTwoTowerForCausalLM(nn.Module, HasInnerState, IsHybrid):
         )
         context = None
         if plan.context is not None and plan.context.logits_indices is not None:
+            assert hidden is not None
             context = hidden[plan.context.logits_indices]
         return self._logits(context, drafts, denoiser), hidden
 
