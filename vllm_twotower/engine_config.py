@@ -46,7 +46,7 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
         hf_config = model_config.hf_config
         if getattr(hf_config, "canvas_length", None) is None:
             hf_config.canvas_length = DEFAULT_CANVAS_LENGTH
-        if not _has_experts(hf_config) and getattr(hf_config, "n_routed_experts", 0):
+        if getattr(hf_config, "n_routed_experts", 0) and not _has_experts(hf_config):
             # vLLM takes a model for one with experts by this number, and would run its replicas in step.
             hf_config.n_routed_experts = 0
             model_config.model_arch_config = model_config.get_model_arch_config()
@@ -209,7 +209,8 @@ def _step_limits(vllm_config: VllmConfig) -> Iterator[Limit]:
     reason = "the two towers run on different rows of a step; leave it out"
     yield "compilation_config.mode", mode.name, mode != CompilationMode.NONE, reason
     if current_platform.is_cpu():
-        reason, allowed = "CPUs have no CUDA graphs; leave it out", (CUDAGraphMode.NONE,)
+        reason = "CPUs have no CUDA graphs; leave it out"
+        allowed: tuple[CUDAGraphMode, ...] = (CUDAGraphMode.NONE,)
     else:
         reason = "passes are captured one by one: FULL_DECODE_ONLY, the default, or NONE"
         allowed = (CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY)
@@ -317,12 +318,11 @@ def _choose_scheduler(vllm_config: VllmConfig) -> None:
         return
     from vllm_twotower.engine.scheduler import TwoTowerScheduler
 
+    chosen, cause = None, None
     try:
         chosen = config.get_scheduler_cls()
     except (ImportError, AttributeError, ValueError) as error:
-        chosen, cause = None, error
-    else:
-        cause = None
+        cause = error
     if not (isinstance(chosen, type) and issubclass(chosen, TwoTowerScheduler)):
         raise ValueError(
             f"scheduler_cls={config.scheduler_cls!r} is not supported for TwoTower models: it must be {SCHEDULER_CLS} "

@@ -108,7 +108,7 @@ class RuleTable:
             bias[banned] = -torch.inf
             free = np.setdiff1d(np.arange(1, len(self._bias)), self._bias_row)
             if not len(free):
-                free = [len(self._bias)]
+                free = np.array([len(self._bias)])
                 self._bias = F.pad(self._bias, (0, 0, 0, len(self._bias)))
             self._bias_row[slot] = free[0]
             self._bias[free[0]] = bias.to(self._device)

@@ -97,9 +97,9 @@ class ModeControl:
         self._without_prompts, self._of_all_steps = _ByLoad(), _ByLoad()
         self._started = time.perf_counter()
         self._load, self._blocks_of_load = -1, 0.0
+        others: dict[bool, BlockMode] = {False: "mask_diffusion", True: "verified"}
         self._choices = {
-            lossless: _Choice(mode, ModeDecision(mode, "nothing is known yet", {}))
-            for lossless, mode in ((False, "mask_diffusion"), (True, "verified"))
+            lossless: _Choice(mode, ModeDecision(mode, "nothing is known yet", {})) for lossless, mode in others.items()
         }
         self._num_changes = 0
 

@@ -28,7 +28,7 @@ from vllm_twotower.options import EngineOptions
 from .captured_passes import CapturedPasses
 from .graph_choice import GraphChoice
 from .pass_graphs import PassGraphs
-from .pass_plan import PassPlan
+from .pass_plan import ContextInputs, PassPlan
 from .pass_planner import PassPlanner, Step, TowerGroups
 from .prefix_cache import commit_interval
 from .request_table import RequestTable
@@ -129,6 +129,7 @@ class TwoTowerModelState(ModelState):
         if self._step is None:
             return None
         self._current, self._step = self._step, None
+        assert self._current.plan is not None
         return self._current.rows, self._current.plan
 
     def run_pass(self) -> tuple[PassPlan, StepLogits]:
@@ -139,4 +140,5 @@ class TwoTowerModelState(ModelState):
 
     def commit_drafts(self, plan: PassPlan, counts: np.ndarray) -> None:
         """Lets the context tower's states go on by so many tokens (n,) of the drafts that the pass has verified."""
+        assert isinstance(plan.drafts, ContextInputs)
         self.planner.advance_states(plan.drafts, plan.drafts.rows.on_device(counts))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from vllm.utils.platform_utils import is_pin_memory_available
 
 from .tower_rows import DeviceRows, TowerRows
@@ -57,8 +58,13 @@ class PassBuffers:
         """The first rows of a run's buffers, whatever is in them; to the host they are as long as requests can be."""
         whole = np.full(num_rows, width)
         host = TowerRows(np.zeros_like(whole), max_model_len - whole, whole)
-        on_device = self._device[RUNS.index(run), :, :num_rows]
-        return DeviceRows(host, np.full(num_rows, self._no_request), *on_device, width, has_padding=True)
+        no_requests, sent = np.full(num_rows, self._no_request), self._sent(RUNS.index(run), num_rows)
+        return DeviceRows(host, no_requests, *sent, width, has_padding=True)
+
+    def _sent(self, run: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The fields of a run's first rows, (num_rows,) each."""
+        batch_rows, slots, starts, lengths = self._device[run, :, :num_rows]
+        return batch_rows, slots, starts, lengths
 
     def _copy(self) -> None:
         if self._is_sent is not None:
@@ -77,4 +83,4 @@ class PassBuffers:
         is_even = bool((rows.lengths == longest).all())
         num_rows, width = bucket or (count, longest if is_padded or is_even else None)
         has_padding = bucket is not None or (width is not None and not is_even)
-        return DeviceRows(rows, of_rows, *self._device[run, :, :num_rows], width, has_padding)
+        return DeviceRows(rows, of_rows, *self._sent(run, num_rows), width, has_padding)

@@ -51,7 +51,7 @@ def commit_interval(kv_cache_config: KVCacheConfig, max_model_len: int) -> int:
     return interval or state_block_size(kv_cache_config, max_model_len)
 
 
-def next_stop(position: int, interval: int) -> int:
+def next_stop(position: np.ndarray, interval: int) -> np.ndarray:
     """The next position where the context tower stops."""
     return (position // interval + 1) * interval
 

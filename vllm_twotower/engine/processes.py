@@ -47,7 +47,7 @@ def end_rank_with_its_engine() -> None:
     """
     engine = multiprocessing.parent_process()
     if engine is not None and engine.name.startswith(ENGINE):
-        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]  # made in C
         if os.getppid() != engine.pid:  # it has ended before
             os._exit(1)
 

@@ -88,8 +88,9 @@ class StepRows:
         self.why_eager = np.zeros_like(slots)
         self._runs = self.is_chunk | fills
         self.ends_with_first = table.engine.denoise_steps_per_engine_step == "auto"
-        self.max_passes = table.engine.denoise_steps_per_engine_step
-        if self.ends_with_first:
+        if table.engine.denoise_steps_per_engine_step != "auto":
+            self.max_passes = table.engine.denoise_steps_per_engine_step
+        else:
             several = self.is_ar.any() and len(slots) > 1
             self.max_passes = 1 if several else table.engine.canvas_length if self.is_ar.any() else AUTO_PASSES_PER_STEP
 

@@ -74,6 +74,12 @@ class DeviceRows:
     def num_tokens(self) -> int:
         return self.host.num_tokens if self.width is None else len(self) * self.width
 
+    @property
+    def even_width(self) -> int:
+        """The ``width`` of rows that have one."""
+        assert self.width is not None
+        return self.width
+
     def on_device(self, values: np.ndarray) -> Tensor:
         """The values on the rows' device."""
         return async_tensor_h2d(values, device=self.slots.device)
@@ -85,8 +91,11 @@ class DeviceRows:
     def take(self, index: np.ndarray) -> DeviceRows:
         """Some of the rows."""
         of_index = self.on_device(index)
-        tensors = (tensor[of_index] for tensor in (self.batch_rows, self.slots, self.starts, self.lengths))
-        return DeviceRows(self.host.take(index), self.host_slots[index], *tensors, self.width, self.has_padding)
+        batch_rows, slots, starts, lengths = (
+            tensor[of_index] for tensor in (self.batch_rows, self.slots, self.starts, self.lengths)
+        )
+        host, host_slots = self.host.take(index), self.host_slots[index]
+        return DeviceRows(host, host_slots, batch_rows, slots, starts, lengths, self.width, self.has_padding)
 
     def next_positions(self) -> DeviceRows:
         """Rows of one token each, the one behind each row's last."""
@@ -96,12 +105,12 @@ class DeviceRows:
 
     def behind_each_token(self) -> DeviceRows:
         """Rows of one token each, those behind each of the T tokens of rows with a width."""
-        host, count = self.host, len(self.host)
-        within = np.minimum(np.tile(np.arange(1, self.width + 1), count), host.lengths.repeat(self.width))
-        starts = host.starts.repeat(self.width) + within
-        of_host = TowerRows(host.batch_rows.repeat(self.width), starts, np.ones_like(starts))
+        host, count, width = self.host, len(self.host), self.even_width
+        within = np.minimum(np.tile(np.arange(1, width + 1), count), host.lengths.repeat(width))
+        starts = host.starts.repeat(width) + within
+        of_host = TowerRows(host.batch_rows.repeat(width), starts, np.ones_like(starts))
         batch_rows, slots, lengths = (values[self.row] for values in (self.batch_rows, self.slots, self.lengths))
-        host_slots = self.host_slots.repeat(self.width)
+        host_slots = self.host_slots.repeat(width)
         return DeviceRows(of_host, host_slots, batch_rows, slots, self.positions + 1, lengths, 1, self.has_padding)
 
     @property
@@ -123,7 +132,7 @@ class DeviceRows:
     @cached_property
     def _columns(self) -> Tensor:
         """(width,): the places in a row."""
-        return torch.arange(self.width, device=self.slots.device)
+        return torch.arange(self.even_width, device=self.slots.device)
 
     @cached_property
     def positions(self) -> Tensor:
