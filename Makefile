@@ -106,7 +106,7 @@ format: setup  ## apply the style and formatting fixes
 LOCK_VENV ?= .venv-lock
 lock:  ## regenerate requirements/cpu.lock with the newest versions allowed
 	$(PYTHON) -m venv $(LOCK_VENV)
-	$(call PIP,$(LOCK_VENV)) install $(INDEX_ARGS) 'setuptools==78.1.1' six '.[cpu,ray,ray-llm,train,test,lint]'
+	$(call PIP,$(LOCK_VENV)) install $(INDEX_ARGS) 'setuptools==78.1.1' six '.[cpu,ray,ray-llm,train,lm-eval,test,lint]'
 	@mkdir -p $(dir $(LOCK))
 	{ echo '# Every package of the CPU set-up, pinned. Made by `make lock`; do not edit.'; \
 	  echo '# Install with --no-deps: torchvision, torchaudio, torchcodec and triton are left out on purpose.'; \
