@@ -11,7 +11,7 @@ with what it does, why, and when it can go. What subclasses override although it
 
 from vllm_twotower.patches.overrides import OVERRIDES, Override
 from vllm_twotower.patches.registry import Patch
-from vllm_twotower.patches.table import PATCHES, START_PATCHES, WORKER_PATCHES
+from vllm_twotower.patches.table import PATCHES, START_PATCHES, TRACE_PATCHES, WORKER_PATCHES
 
 __all__ = [
     "OVERRIDES",
@@ -28,7 +28,7 @@ _installed: set[str] = set()
 
 def install_start_patches() -> None:
     """Install what every vLLM process needs from the start. Cheap, and a second call does nothing."""
-    _install(START_PATCHES)
+    _install(START_PATCHES + TRACE_PATCHES)
 
 
 def install_worker_patches() -> None:

@@ -15,6 +15,7 @@ from vllm_twotower.patches.registry import (
 # vLLM's own plan for running these kernels on a CPU.
 CPU_KERNELS = "https://github.com/vllm-project/vllm/pull/55847"
 WITHOUT_TRITON = "vLLM runs this kernel on a CPU without Triton"
+TRACES_HAVE_ROOM = "vLLM hands what a model's plugin returns of a token on to the outputs and responses of its request"
 QUEUES_STAY = (
     "vLLM frees a queue's memory when the queue is collected. A killed rank, or an engine that takes too long to end "
     "and is killed with Python's resource tracker, leaves up to 240 MiB in /dev/shm, until an engine finds no space."
@@ -136,17 +137,23 @@ START_PATCHES = (
         },
     ),
     Patch(
-        name="beam-search",
+        name="lost-options",
         target="vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
-        function="beam_search:refusing_options",
+        function="lost_options:refusing_options",
         wraps=True,
         what=(
             "BaseServing._check_model, with which every request begins, refuses diffusion_* in vllm_xargs of "
-            "a TwoTower model's beam search."
+            "a TwoTower model's beam search, and diffusion_trace where responses have no traces."
         ),
-        why="BeamSearchParams has no place for them: vLLM drops vllm_xargs of a beam search in silence.",
+        why=(
+            "BeamSearchParams has no place for them: vLLM drops vllm_xargs of a beam search in silence. Traces are "
+            "put into the responses of completions and chats."
+        ),
         upstream="not reported",
-        remove_when="vLLM gives the requests of a beam search the vllm_xargs of the request they belong to",
+        remove_when=(
+            "vLLM gives the requests of a beam search the vllm_xargs of the request they belong to, and every response "
+            "has room for what a plugin returns"
+        ),
         applies_when=everywhere,
         sources=(
             "vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
@@ -221,6 +228,98 @@ START_PATCHES = (
             "vllm.exceptions:GracefulHTTPError",
         ),
         source_sha256={"0.32.0": "c6f795c223812cb0d937b301e83777ad50792b214cc4f25299b73ff5de93abae"},
+    ),
+)
+
+
+def _of_response(
+    name: str, target: str, function: str, what: str, response: str, source_sha256: dict[str, str]
+) -> Patch:
+    """The patch of a method that makes responses; ``response`` is the class of what it puts a trace into."""
+    return Patch(
+        name=name,
+        target=target,
+        function=f"trace_responses:{function}",
+        wraps=True,
+        what=what,
+        why="vLLM's responses have no room for what a plugin returns of a token beside its log-probabilities.",
+        upstream="not reported",
+        remove_when=TRACES_HAVE_ROOM,
+        applies_when=everywhere,
+        sources=(target, f"{target.partition(':')[0].rpartition('.')[0]}.protocol:{response}"),
+        source_sha256=source_sha256,
+    )
+
+
+_COMPLETION = "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"
+_CHAT = "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
+
+TRACE_PATCHES = (
+    Patch(
+        name="traces-of-requests",
+        target="vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
+        function="trace_outputs:keeping_traces",
+        wraps=True,
+        what="OutputProcessor.process_outputs keeps the traces that a TwoTower engine sends with its outputs.",
+        why="vLLM would hand them on as parameters of a KV transfer, and only those of a request's last output.",
+        upstream="not reported",
+        remove_when=TRACES_HAVE_ROOM,
+        applies_when=everywhere,
+        sources=(
+            "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
+            "vllm.v1.engine:EngineCoreOutput",
+        ),
+        source_sha256={"0.32.0": "a0c987d42835830de0ea979c647aa7b5b2f635bfdadd4c45b55017bbb61f8a44"},
+    ),
+    Patch(
+        name="traces-of-outputs",
+        target="vllm.v1.engine.output_processor:RequestState._new_completion_output",
+        function="trace_outputs:with_trace",
+        wraps=True,
+        what="RequestState._new_completion_output makes a TracedCompletionOutput of a request that has a trace.",
+        why="vLLM's CompletionOutput has no room for what a plugin returns of a token beside its log-probabilities.",
+        upstream="not reported",
+        remove_when=TRACES_HAVE_ROOM,
+        applies_when=everywhere,
+        sources=(
+            "vllm.v1.engine.output_processor:RequestState._new_completion_output",
+            "vllm.v1.engine.output_processor:RequestState.make_request_output",
+            "vllm.outputs:CompletionOutput",
+            "vllm.outputs:RequestOutput.add",
+        ),
+        source_sha256={"0.32.0": "96d732ab22678bb5f3cc7a3719bb358010f46d7d8754eedf33cc73f1a6a1ea97"},
+    ),
+    _of_response(
+        "trace-of-a-completion",
+        f"{_COMPLETION}.request_output_to_completion_response",
+        "in_completion",
+        "OpenAIServingCompletion.request_output_to_completion_response gives choices their traces.",
+        "CompletionResponseChoice",
+        {"0.32.0": "8182505df31a72c61906ea75d89ed1df8f416105310443ad15aef08c14fb3db4"},
+    ),
+    _of_response(
+        "trace-of-a-streamed-completion",
+        f"{_COMPLETION}.completion_stream_generator",
+        "in_stream",
+        "OpenAIServingCompletion.completion_stream_generator gives chunks the traces of their tokens.",
+        "CompletionResponseStreamChoice",
+        {"0.32.0": "77185dace1f7541f580c850129a290c8764809ca035cd12cf66cf48da0f16c32"},
+    ),
+    _of_response(
+        "trace-in-a-chat",
+        f"{_CHAT}.chat_completion_full_generator",
+        "in_chat",
+        "OpenAIServingChat.chat_completion_full_generator gives choices their traces.",
+        "ChatCompletionResponseChoice",
+        {"0.32.0": "6a87f2c77bc7aab0be04c02b7b938d1506796d5670533801b1ea191dd42372d2"},
+    ),
+    _of_response(
+        "trace-in-a-streamed-chat",
+        f"{_CHAT}.chat_completion_stream_generator",
+        "in_stream",
+        "OpenAIServingChat.chat_completion_stream_generator gives chunks the traces of their tokens.",
+        "ChatCompletionResponseStreamChoice",
+        {"0.32.0": "1d9372b7039126ccac5c92c1220181d5c68bc5e42803d3f359665e05c0bdd451"},
     ),
 )
 
@@ -465,4 +564,4 @@ WORKER_PATCHES = (
     ),
 )
 
-PATCHES = START_PATCHES + WORKER_PATCHES
+PATCHES = START_PATCHES + TRACE_PATCHES + WORKER_PATCHES

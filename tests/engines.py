@@ -141,7 +141,7 @@ def traced(llm: LLM) -> Iterator[Trace]:
         return from_logits(self, targets, logits, needs)
 
     def record(part, *args):
-        times, lengths, width = part.times().tolist(), part.rows.lengths.tolist(), part.rows.width
+        times, lengths, width = part.times.tolist(), part.rows.lengths.tolist(), part.rows.width
         filled = fill_canvases(part, *args)
         for i, (slot, length) in enumerate(zip(part.host_slots, lengths, strict=True)):
             canvases = (tuple(canvas[i, :length].tolist()) for canvas in (part.canvas, filled.canvas))

@@ -154,9 +154,14 @@ def statistics(random: Random, rows: int, size: int, never: int | None, dtype: t
         logits[2, size // 2] = torch.nan
 
     def of(function: Callable[..., Results]) -> Results:
-        tokens, largest, logsumexp = function(logits, never)
+        tokens, largest, logsumexp, nothing = function(logits, never)
+        assert not len(nothing)
+        *others, second = function(logits, never, True)
         is_finite = logsumexp.isfinite()
-        return tokens[is_finite], largest[is_finite], logsumexp[is_finite], is_finite
+        assert all(
+            map(torch.equal, (x[is_finite] for x in others), (x[is_finite] for x in (tokens, largest, logsumexp)))
+        )
+        return tokens[is_finite], largest[is_finite], logsumexp[is_finite], second[is_finite], is_finite
 
     return lambda: of(vocabulary_on_gpu.row_statistics), lambda: of(vocabulary.row_statistics)
 

@@ -37,7 +37,7 @@ SCHEMAS = {
     "float eps, bool before, Tensor? is_padding) -> (Tensor, Tensor)",
     "masses": "(Tensor logits, Tensor largest, Tensor temperature, int? never) -> Tensor",
     "most_confident": "(Tensor confidence, Tensor masked, Tensor threshold, Tensor step, Tensor max_steps) -> Tensor",
-    "row_statistics": "(Tensor logits, int? never) -> (Tensor, Tensor, Tensor)",
+    "row_statistics": "(Tensor logits, int? never, bool needs_second) -> (Tensor, Tensor, Tensor, Tensor)",
     "seeded_conv": "(Tensor xbc, Tensor states, Tensor indices, Tensor weight, Tensor? bias) -> Tensor",
     "seeded_scan": "(Tensor x, Tensor dt, Tensor dt_bias, Tensor a, Tensor b, Tensor c, Tensor d, Tensor states, "
     "Tensor indices, Tensor(a!) out, Tensor? lengths) -> ()",

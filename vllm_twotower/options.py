@@ -12,6 +12,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_twotower.architecture import DEFAULT_CANVAS_LENGTH, DEFAULT_MASK_TOKEN_ID
+from vllm_twotower.trace import LEVELS, MAX_CANVAS_POSITIONS, TRACE
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -100,7 +101,7 @@ def _flag(name: str, value: Any, *_: Any) -> bool:
 
 
 def _threshold(name: str, value: Any, *_: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
         raise RequestError(name, value, "must be a number greater than 0 and at most 1")
     return float(value)
 
@@ -121,6 +122,10 @@ def _remasking(name: str, value: Any, *_: Any) -> str:
     from vllm_twotower.sampling.strategies import REMASKING_SCORES
 
     return _choice(name, value, REMASKING_SCORES)
+
+
+def _trace(name: str, value: Any, *_: Any) -> str:
+    return _choice(name, value, LEVELS)
 
 
 def _option(check: Callable[..., Any], of_strategy: bool = False, **options: Any) -> Any:
@@ -256,6 +261,7 @@ class RequestOptions:
     remasking: str = _option(_remasking, of_strategy=True, default="confidence")
     lossless: bool = _option(_flag, default=False)
     draft_steps: int = _option(lambda name, value, _: _integer(name, value, 1, MAX_STEPS), default=1)
+    trace: str = _option(_trace, default="none")
 
     @property
     def fills_blocks(self) -> bool:
@@ -278,7 +284,7 @@ class RequestOptions:
         given = {name: value for name, value in (params.extra_args or {}).items() if name != FIRST_MODE}
         options = cls.parse(given, engine)
         if options.mode != "ar" and params.structured_outputs is not None:
-            return cls("ar", engine.confidence_threshold, 1, 1)
+            return cls("ar", engine.confidence_threshold, 1, 1, trace=options.trace)
         return options
 
     @classmethod
@@ -300,8 +306,9 @@ class RequestOptions:
         mode = _mode("diffusion_mode", given.pop("diffusion_mode", engine.mode))
         if mode == "ar":
             for name, value in given.items():
-                raise RequestError(name, value, f"has no meaning with diffusion_mode {mode!r}")
-            return cls(mode, engine.confidence_threshold, 1, 1)
+                if name != TRACE:
+                    raise RequestError(name, value, f"has no meaning with diffusion_mode {mode!r}")
+            return cls(mode, engine.confidence_threshold, 1, 1, trace=_trace(TRACE, given.get(TRACE, "none")))
         engine.check_mode("diffusion_mode", mode)
         engine = replace(engine, mode=mode)
         chosen = {
@@ -330,6 +337,12 @@ class RequestOptions:
             raise RequestError(name, given[name], f"has no meaning with {mode}")
         if self.mode == "auto":
             mode += f" and {name} {str(self.lossless).lower()}"
+        positions = self.canvas_length * self.passes_per_block
+        if self.trace == "passes" and positions > MAX_CANVAS_POSITIONS:
+            reason = (
+                f"needs canvas length times passes of at most {MAX_CANVAS_POSITIONS}, here {positions}; use 'tokens'"
+            )
+            raise RequestError(TRACE, self.trace, reason)
         name, instead = (
             ("diffusion_max_steps", "; use diffusion_draft_steps") if self.verifies else ("diffusion_draft_steps", "")
         )
@@ -338,7 +351,7 @@ class RequestOptions:
 
 
 _PREFIX = "diffusion_"
-_LONGER_BLOCKS = ("auto", "verified")
+_LONGER_BLOCKS: tuple[str, ...] = ("auto", "verified")
 """The modes whose blocks have two tokens and more."""
 
 _NO_GRAMMAR = "a grammar needs its tokens one after another; use diffusion_mode 'ar'"
@@ -382,7 +395,10 @@ def _check_encodable(params: SamplingParams) -> None:
     from vllm.v1.serial_utils import MsgpackEncoder
 
     encode = MsgpackEncoder().encode
-    reasons = {OverflowError: "has an integer beyond 64 bits", UnicodeEncodeError: "is no text in Unicode"}
+    reasons: dict[type[Exception], str] = {
+        OverflowError: "has an integer beyond 64 bits",
+        UnicodeEncodeError: "is no text in Unicode",
+    }
     try:
         encode(params)
     except tuple(reasons):

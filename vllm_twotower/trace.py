@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+TRACE = "diffusion_trace"
+"""The option, the field of a response, and the attribute of vLLM's ``CompletionOutput``."""
 LEVELS = ("none", "tokens", "passes")
 """The values of ``diffusion_trace``; each has what those before it have."""
 MAX_CANVAS_POSITIONS = 16_384
@@ -69,8 +71,9 @@ class DiffusionTrace:
             for block in self.blocks
             if start < block.start + block.tokens and block.start < stop
         ]
-        columns = (self.block, self.decided_in, self.confidence, self.runner_up)
-        return DiffusionTrace(*(column[start:stop] for column in columns), blocks)
+        here = slice(start, stop)
+        of_tokens = self.block[here], self.decided_in[here], self.confidence[here], self.runner_up[here]
+        return DiffusionTrace(*of_tokens, blocks)
 
     def extend(self, other: DiffusionTrace) -> None:
         """Adds the trace of the tokens that follow."""

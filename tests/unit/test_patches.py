@@ -276,7 +276,8 @@ def test_no_cpu_kernel_where_triton_works(monkeypatch):
         "open-requests-offline",
         "request-errors",
         "shared-memory-names-executor",
-        "beam-search",
+        "lost-options",
+        *(patch.name for patch in patches.TRACE_PATCHES),
         *(["embedding-mask"] if registry.runs_on_cpu() else ()),
     }
 

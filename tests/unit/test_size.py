@@ -80,7 +80,7 @@ def test_what_a_server_imports_is_small() -> None:
     assert {"vllm_twotower.engine.fill", "vllm_twotower.sampling.strategies"} <= modules
     assert not any(module.startswith(("vllm_twotower.training", "vllm_twotower.reference")) for module in modules)
     sizes = {module: code_lines(file_of(module)) for module in modules}
-    assert sum(sizes.values()) < 4700, sorted(sizes.items(), key=lambda item: -item[1])
+    assert sum(sizes.values()) < 4900, sorted(sizes.items(), key=lambda item: -item[1])
 
 
 def test_the_scheduler_is_short() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar, cast
 
 import numpy as np
 from torch import Tensor
@@ -12,7 +14,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_twotower.kernels import uniform
 from vllm_twotower.model.step_logits import Draw, OutputHead
-from vllm_twotower.sampling.prediction import draw, margin, probability, temper_and_filter
+from vllm_twotower.sampling.prediction import draw, margin, probability, runner_up, temper_and_filter
 from vllm_twotower.sampling.row_options import RowOptions
 
 from .logit_rules import RuledRows
@@ -21,6 +23,8 @@ from .request_table import RequestTable
 from .targets import Targets
 from .token_logprobs import ScoredTokens
 
+Some = TypeVar("Some", bound=Targets)
+
 
 @dataclass
 class Prediction:
@@ -28,7 +32,8 @@ class Prediction:
 
     ``tokens`` (T,) int64; ``is_finite`` (T,) bool, whether the logits were; where they were asked for, ``confidence``
     (T,) fp32, the tokens' probability before temperature and filters, ``margin`` and ``energy`` (T,) fp32, see
-    ``DenoiserPass``. ``scored`` are the tokens whose log-probabilities are kept if they are committed, ``ruled`` the
+    ``DenoiserPass``, and of traced requests ``runner_up``, which gives the largest probability (T,) fp32 of another
+    token. ``scored`` are the tokens whose log-probabilities are kept if they are committed, ``ruled`` the
     rows with rules.
     """
 
@@ -37,6 +42,7 @@ class Prediction:
     confidence: Tensor | None = None
     margin: Tensor | None = None
     energy: Tensor | None = None
+    runner_up: Callable[[], Tensor] | None = None
     scored: ScoredTokens | None = None
     ruled: RuledRows | None = None
 
@@ -55,8 +61,8 @@ class Decision:
         self._scores_as_logits = model_config.logprobs_mode.endswith("logits")
 
     def predict(
-        self, targets: Targets, hidden: Tensor, head: OutputHead, tile: int, needs: frozenset[str] = frozenset()
-    ) -> Iterator[tuple[Targets, Prediction]]:
+        self, targets: Some, hidden: Tensor, head: OutputHead, tile: int, needs: frozenset[str] = frozenset()
+    ) -> Iterator[tuple[Some, Prediction]]:
         """Predictions from hidden states (T, H), a tile of at most so many rows of logits at a time.
 
         ``needs`` are fields of :class:`Prediction` to be computed. Where the head chooses tokens itself, only targets
@@ -65,14 +71,18 @@ class Decision:
         for index, whole_rows in self._tiles(targets, head, tile):
             part, of_part = targets, hidden
             if len(index) < len(targets):
-                part = targets.take(index)
+                part = cast(Some, targets.take(index))
                 of_part = hidden[part.on_device(targets.positions_of(index))]
             if whole_rows:
                 yield part, self._from_logits(part, head(of_part).float(), needs)
             else:
-                chosen = head.choose(of_part, part.never, self._draws(part))
+                chosen = head.choose(of_part, part.never, self._draws(part), part.is_traced)
                 energy = chosen.confidence.log() if "energy" in needs else None
-                yield part, Prediction(chosen.tokens, chosen.confidence.isfinite(), chosen.confidence, energy=energy)
+                is_finite = chosen.confidence.isfinite()
+                yield (
+                    part,
+                    Prediction(chosen.tokens, is_finite, chosen.confidence, energy=energy, runner_up=chosen.runner_up),
+                )
 
     def needs_logits(self, slots: np.ndarray) -> np.ndarray:
         """Which of the requests in slots (n,) need whole rows of logits; grammars are not known here."""
@@ -86,7 +96,7 @@ class Decision:
     def _tiles(self, targets: Targets, head: OutputHead, tile: int) -> Iterator[tuple[np.ndarray, bool]]:
         """Rows of the targets, and whether they are scored by whole rows of logits."""
         slots, together = targets.host_slots, targets.rows_together
-        size = max(1, tile // (targets.rows.width * together)) * together
+        size = max(1, tile // (targets.rows.even_width * together)) * together
         whole = np.arange(len(slots))
         if head.chooses:
             needs_logits = self.needs_logits(slots) | targets.has_grammar
@@ -120,14 +130,17 @@ class Decision:
             scored = self._scored_tokens(targets, logits)
         largest, tokens = logits.max(-1)
         predicted = Prediction(tokens, largest.isfinite(), scored=scored, ruled=ruled)
-        if "confidence" in needs:
+        if "confidence" in needs or targets.is_traced:
             predicted.confidence = probability(logits, tokens)
         if "margin" in needs:
             predicted.margin = margin(logits)
         if "energy" in needs:
+            assert predicted.confidence is not None
             predicted.energy = predicted.confidence.log()
         if table.is_random[slots].any():
             self._draw(targets, logits, predicted)
+        if targets.is_traced:
+            predicted.runner_up = partial(runner_up, logits, predicted.tokens)
         return predicted
 
     def _draw(self, targets: Targets, logits: Tensor, predicted: Prediction) -> None:

@@ -36,7 +36,7 @@ class PassBuffers:
         drafts: TowerRows,
         canvases: TowerRows,
         buckets: Sequence[tuple[int, int] | None] = (None, None, None),
-    ) -> list[DeviceRows]:
+    ) -> tuple[DeviceRows, DeviceRows, DeviceRows]:
         """Sends the rows of a pass; ``slots`` are those of vLLM's batch.
 
         Drafts and canvases have the width of the longest. The buckets are for passes that are replayed: so many rows on
@@ -45,9 +45,9 @@ class PassBuffers:
         if self._is_sent is not None:
             self._is_sent.synchronize()
         runs = zip((context, drafts, canvases), buckets, strict=True)
-        sent = [self._put(i, slots, *run, is_padded=i > 0) for i, run in enumerate(runs)]
+        of_context, of_drafts, of_canvases = (self._put(i, slots, *run, is_padded=i > 0) for i, run in enumerate(runs))
         self._copy()
-        return sent
+        return of_context, of_drafts, of_canvases
 
     def clear(self) -> None:
         """Sends rows of no request."""

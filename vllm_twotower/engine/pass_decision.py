@@ -5,7 +5,7 @@ The same functions serve passes that run eagerly and passes that are captured as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,16 +17,36 @@ from vllm_twotower.sampling.strategies import Commit, DenoiserPass
 from .decision import Decision, Prediction
 from .logit_rules import RuledRows, RuleTable
 from .request_table import RequestTable
-from .targets import Canvases, NextTokens
+from .targets import Canvases, NextTokens, Targets
 
 
-def outcome(counts: Tensor, is_finite: Tensor, tokens: Tensor) -> Tensor:
-    """What a pass decides for R rows, as (R, 2 + S) int64, so that one copy brings it to the host.
+@dataclass
+class Decided:
+    """What a pass decides for R rows.
 
-    ``counts`` (R,) are new tokens of a text or draft, or 1 for a canvas that is whole; ``is_finite`` (R,) bool, whether
-    all logits are that its tokens were chosen by; ``tokens`` (R, S) what stands there now.
+    ``outcome`` (R, 2 + S) int64, so that one copy brings it to the host: new tokens of a text or draft, or 1 for a
+    canvas that is whole; whether all logits are finite that its tokens were chosen by; and what stands there now.
+    If rows are traced, ``traced`` makes (R, 2, S) fp32 of it, the tokens' probabilities and their runners-up's, and of
+    canvases also the time (R,) that the pass was told.
     """
-    return torch.cat((counts[:, None].long(), is_finite[:, None].long(), tokens), 1)
+
+    outcome: Tensor
+    traced: Callable[[], tuple[Tensor, ...]] | None = None
+
+    @classmethod
+    def of(cls, part: Targets, predicted: Prediction, counts: Tensor, is_finite: Tensor, tokens: Tensor) -> Decided:
+        """From counts (R,), is_finite (R,) bool and tokens (R, S)."""
+        decided = cls(torch.cat((counts[:, None].long(), is_finite[:, None].long(), tokens), 1))
+        confidence, runner_up = predicted.confidence, predicted.runner_up
+        if confidence is not None and runner_up is not None:
+
+            def traced() -> tuple[Tensor, ...]:
+                columns = (confidence, runner_up())
+                probabilities = torch.stack([values.view_as(tokens) for values in columns], 1)
+                return (probabilities, part.times) if isinstance(part, Canvases) else (probabilities,)
+
+            decided.traced = traced
+        return decided
 
 
 class PassDecision:
@@ -37,7 +57,7 @@ class PassDecision:
 
     def next_tokens(
         self, targets: NextTokens, hidden: Tensor, head: OutputHead, tile: int
-    ) -> Iterator[tuple[NextTokens, Tensor]]:
+    ) -> Iterator[tuple[NextTokens, Decided]]:
         """The tokens that the context head gives from ``hidden`` (A, H) behind texts, or behind tokens of drafts.
 
         Of a draft the first are new, up to the first that differs from it. The newest token is put behind the text.
@@ -49,7 +69,7 @@ class PassDecision:
             is_new = torch.arange(width, device=tokens.device) < counts[:, None]
             self._decision.record(part, predicted, is_new.flatten())
             self._put_newest(part, tokens, counts)
-            yield part, outcome(counts, (is_finite | ~is_new).all(1), tokens)
+            yield part, Decided.of(part, predicted, counts, (is_finite | ~is_new).all(1), tokens)
 
     def _put_newest(self, part: NextTokens, tokens: Tensor, counts: Tensor) -> None:
         """Writes the last new one of the tokens (n, W); what is before it in a draft is in the text already."""
@@ -62,14 +82,15 @@ class PassDecision:
 
     def canvases(
         self, canvases: Canvases, hidden: Tensor, head: OutputHead, tile: int
-    ) -> Iterator[tuple[Canvases, Tensor]]:
+    ) -> Iterator[tuple[Canvases, Decided]]:
         """Canvases after the pass whose hidden states are (T, H); they are put into the table."""
         needs = frozenset({"confidence"}).union(*(strategy.needs for strategy, _ in canvases.strategy_rows))
         for part, predicted in self._decision.predict(canvases, hidden, head, tile, needs):
             filled = fill_canvases(part, predicted, self._table.rules)
             self._decision.record(part, predicted, filled.positions.flatten())
             part.store(filled.canvas, filled.step, filled.whole)
-            yield part, outcome(filled.whole, part.by_row(predicted.is_finite).all(1), filled.canvas)
+            is_finite = part.by_row(predicted.is_finite).all(1)
+            yield part, Decided.of(part, predicted, filled.whole, is_finite, filled.canvas)
 
 
 @dataclass
@@ -85,6 +106,7 @@ class FilledCanvases:
 
 def fill_canvases(part: Canvases, predicted: Prediction, rules: RuleTable) -> FilledCanvases:
     """Commits what the strategies say of a prediction."""
+    assert predicted.confidence is not None
     denoised = DenoiserPass(
         prediction=part.by_row(predicted.tokens),
         confidence=part.by_row(predicted.confidence),
@@ -124,6 +146,7 @@ def _chosen(part: Canvases, denoised: DenoiserPass) -> Commit:
     else:
         result = Commit(torch.zeros_like(part.masked), part.step.clone())
         for strategy, rows in part.strategy_rows:
+            assert rows is not None
             commit = strategy.commit(denoised.rows(rows), part.options.rows(rows))
             result.positions[rows], result.step[rows] = commit.positions, commit.step
     is_last = result.step >= part.options.max_steps - 1

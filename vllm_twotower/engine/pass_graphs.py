@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 
 from vllm_twotower.options import EngineOptions
 
+from .pass_decision import Decided
 from .tower_rows import DeviceRows
 
 
@@ -66,8 +67,8 @@ class CapturablePasses(Protocol):
     def prepare(self) -> None:
         """Rows of no request, so that nothing is written where a request could read it."""
 
-    def run(self, desc: PassDescriptor) -> Tensor | None:
-        """The pass on the rows that are in the buffers, as :func:`~.pass_decision.outcome` puts what it decides."""
+    def run(self, desc: PassDescriptor) -> Decided | None:
+        """The pass on the rows that are in the buffers: what it decides, if it decides anything."""
 
 
 class CapturingModelState(Protocol):
@@ -102,6 +103,7 @@ class PassGraphs(ModelCudaGraphManager):
             # Outside the graphs' memory, where what one graph leaves another may overwrite.
             shape = (len(PassKind), self._row_counts[-1], 2 + width)
             self._outcomes = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self._traced: dict[PassDescriptor, Callable[[], tuple[Tensor, ...]] | None] = {}
 
     def capture(
         self,
@@ -124,7 +126,8 @@ class PassGraphs(ModelCudaGraphManager):
             def forward(mode: CUDAGraphMode) -> None:
                 decided = passes.run(desc)
                 if decided is not None:
-                    self.outcome(desc).copy_(decided)
+                    self.outcome(desc).copy_(decided.outcome)
+                    self._traced[desc] = decided.traced
 
             return forward
 
@@ -137,8 +140,13 @@ class PassGraphs(ModelCudaGraphManager):
         return min(descs, key=lambda desc: desc.num_reqs, default=None)
 
     def outcome(self, desc: PassDescriptor) -> Tensor:
-        """What the graph's last replay has decided, as :func:`~.pass_decision.outcome` puts it."""
+        """The outcome of the graph's last replay, see :class:`~.pass_decision.Decided`."""
         return self._outcomes[list(PassKind).index(desc.kind), : desc.num_reqs, : 2 + desc.width]
+
+    def traced(self, desc: PassDescriptor) -> tuple[Tensor, ...]:
+        """What is traced of the graph's last replay, before another graph is replayed in the same memory."""
+        traced = self._traced[desc]
+        return () if traced is None else traced()
 
     def replay(self, desc: PassDescriptor) -> None:
         """Runs the pass on what was sent to the buffers."""
@@ -147,11 +155,13 @@ class PassGraphs(ModelCudaGraphManager):
 
 @dataclass
 class Replay:
-    """In the place of a run's inputs: the run is a graph's, for some rows."""
+    """In the place of a run's inputs: the run is a graph's, for some rows, of which some may be traced."""
 
     graphs: PassGraphs
     desc: PassDescriptor
     rows: DeviceRows
+    is_traced: bool
+    traced: tuple[Tensor, ...] = ()
     logits_indices: None = None
     prompt_tokens: None = None
 
@@ -161,7 +171,10 @@ class Replay:
 
     def run(self, model: nn.Module) -> None:
         self.graphs.replay(self.desc)
+        if self.is_traced:
+            self.traced = self.graphs.traced(self.desc)
 
     @property
-    def outcome(self) -> Tensor:
-        return self.graphs.outcome(self.desc)
+    def decided(self) -> Decided:
+        """What the run has decided."""
+        return Decided(self.graphs.outcome(self.desc), (lambda: self.traced) if self.is_traced else None)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
@@ -68,7 +69,7 @@ class PassPlanner:
         text: Tensor,
         kv_cache_config: KVCacheConfig,
         block_tables: BlockTables,
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, Any],
     ):
         self.table, self._text, self._layers = table, text, layers
         self._buffers = PassBuffers(table.no_request, table.no_request, table.device)
@@ -97,7 +98,12 @@ class PassPlanner:
         buckets = [desc and (desc.num_reqs, desc.width) for desc in descs]
         sent = self._buffers.send(rows.slots, context, drafts, canvases, buckets)
         self._begin_drafts(rows, sent[-1])
-        replays = [desc and Replay(choice.graphs, desc, run) for desc, run in zip(descs, sent, strict=True)]
+        replays = [
+            None
+            if desc is None or choice is None
+            else Replay(choice.graphs, desc, run, bool(self.table.traces.is_traced[run.host_slots].any()))
+            for desc, run in zip(descs, sent, strict=True)
+        ]
         step.plan = self.plan_towers(step, *sent, gets_token, *replays)
         return step.plan
 
@@ -114,7 +120,8 @@ class PassPlanner:
 
         ``gets_token``: which of the context tower's rows get a next token.
         """
-        plan = PassPlan(*replays)
+        of_context, of_drafts, of_canvas = replays or (None, None, None)
+        plan = PassPlan(of_context, of_drafts, of_canvas)
         if len(context) and plan.context is None:
             self._plan_context(plan, step, context, gets_token)
         if len(drafts) and plan.drafts is None:
@@ -123,8 +130,9 @@ class PassPlanner:
             before = step.plan
             plan.canvases = canvases = Canvases(denoiser, self.table)
             if before is not None and before.canvases is not None and before.canvases.has_rows_of(canvases):
+                assert isinstance(before.canvas, CanvasInputs)
                 kept = before.canvas.attention
-                tokens, times = canvases.canvas.flatten(), canvases.times()
+                tokens, times = canvases.canvas.flatten(), canvases.times
                 plan.canvas = replace(before.canvas, make_attention=lambda: kept, input_ids=tokens, time=times)
             else:
                 plan.canvas = self.canvas_inputs(canvases, step.groups)
@@ -135,8 +143,8 @@ class PassPlanner:
         rows = canvases.rows
         tables = rows.block_tables(self._block_tables)
         attention = partial(self._attention, rows, tables, groups.denoiser, is_causal=False)
-        of_states = CanvasRows(len(rows), rows.width, self._state_indices(rows.starts, tables))
-        return CanvasInputs(attention, canvases.canvas.flatten(), of_states, canvases.times())
+        of_states = CanvasRows(len(rows), rows.even_width, self._state_indices(rows.starts, tables))
+        return CanvasInputs(attention, canvases.canvas.flatten(), of_states, canvases.times)
 
     def clear_buffers(self) -> None:
         """Puts rows of no request where passes find their rows."""
@@ -148,7 +156,7 @@ class PassPlanner:
 
     def _plan_context(self, plan: PassPlan, step: Step, context: DeviceRows, gets_token: np.ndarray) -> None:
         """The context tower's part of a plan."""
-        logits_indices = None
+        logits_indices: Tensor | slice | None = None
         if gets_token.any():
             rows = context
             if gets_token.all() and context.width == 1:
@@ -174,7 +182,7 @@ class PassPlanner:
     def draft_inputs(self, drafts: DeviceRows, groups: TowerGroups) -> tuple[DraftedTokens, ContextInputs]:
         """The context tower's read of blocks that it is to verify, and the positions behind each of their tokens."""
         inputs = self.read_inputs(drafts, groups)
-        of_row = inputs.input_ids.view(len(drafts), drafts.width)
+        of_row = inputs.input_ids.view(len(drafts), drafts.even_width)
         return DraftedTokens(drafts.behind_each_token(), self.table, of_row), inputs
 
     def read_inputs(self, rows: DeviceRows, groups: TowerGroups) -> ContextInputs:
@@ -271,7 +279,7 @@ class PassPlanner:
         host = rows.host if rows.width is None else rows.host.widened(rows.width)
         ends, seq_lens = rows.host.ends, rows.starts + rows.lengths
         if is_causal and rows.has_padding:
-            ends, seq_lens = host.ends, (rows.starts + rows.width).masked_fill(rows.lengths == 0, 0)
+            ends, seq_lens = host.ends, (rows.starts + rows.even_width).masked_fill(rows.lengths == 0, 0)
         metadata = build_attn_metadata(
             attn_groups=groups,
             num_reqs=len(rows),

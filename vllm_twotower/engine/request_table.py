@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from vllm_twotower.sampling.strategies import NOISE_SCHEDULES, REMASKING_SCORES,
 
 from .logit_rules import RuleTable
 from .token_logprobs import LogprobTable
+from .traces import TraceTable
 
 _COLUMN_TYPES = {
     "max_steps": torch.int64,
@@ -59,6 +61,7 @@ class RequestTable:
         self.strategy = np.zeros(num_slots, dtype=np.int64)
         # What a captured pass does depends on no request.
         self.is_random[self.no_request] = self.verifies[self.no_request] = True
+        self.traces = TraceTable(num_slots, engine.canvas_length, self.no_request)
         self.clear()
 
         self.is_draft = torch.zeros(num_slots, dtype=torch.bool, device=device)
@@ -106,22 +109,23 @@ class RequestTable:
         self.strategy[slot] = self.strategy_names.index(options.strategy)
         self.rules.set(slot, params)
         self.logprobs.set(slot, params)
+        self.traces.set(slot, options.trace)
         self.canvas[slot] = self.engine.mask_token_id
         self.step[slot] = 0
-        values = RowOptions(
-            max_steps=options.passes_per_block,
-            confidence_threshold=options.confidence_threshold,
-            noise_schedule=list(NOISE_SCHEDULES).index(options.noise_schedule),
-            adaptive_unmasking=options.adaptive_unmasking,
-            remasking=REMASKING_SCORES.index(options.remasking),
-            temperature=params.temperature,
-            top_k=min(params.top_k, self.vocab_size) if params.top_k > 0 else self.vocab_size,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            seed=self._seed(request_id) if params.seed is None else params.seed % 2**63,
-        )
+        values: dict[str, Any] = {
+            "max_steps": options.passes_per_block,
+            "confidence_threshold": options.confidence_threshold,
+            "noise_schedule": list(NOISE_SCHEDULES).index(options.noise_schedule),
+            "adaptive_unmasking": options.adaptive_unmasking,
+            "remasking": REMASKING_SCORES.index(options.remasking),
+            "temperature": params.temperature,
+            "top_k": min(params.top_k, self.vocab_size) if params.top_k > 0 else self.vocab_size,
+            "top_p": params.top_p,
+            "min_p": params.min_p,
+            "seed": self._seed(request_id) if params.seed is None else params.seed % 2**63,
+        }
         for name, column in vars(self.options).items():
-            column[slot] = getattr(values, name)
+            column[slot] = values[name]
 
     def _seed(self, request_id: str) -> int:
         if not envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION:

@@ -14,6 +14,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_twotower.options import FIRST_MODE, EngineOptions, RequestOptions
+from vllm_twotower.trace import TRACE
 
 from .metrics import RequestDenoisingMetrics, StepCosts
 from .mode_control import BlockMode
@@ -129,8 +130,8 @@ class RunningRequests(dict[str, RunningRequest]):
     def unread(self, request: Request) -> int:
         """How many of the tokens that vLLM counts as computed the context tower reads in a later step."""
         known = self.get(request.request_id)
-        is_new = request.num_computed_tokens == 0 or known is None  # or preempted
-        return 0 if is_new else known.unread
+        is_new = request.num_computed_tokens == 0  # or preempted
+        return 0 if is_new or known is None else known.unread
 
     def read_prompts(self, starts: Mapping[str, int]) -> set[str]:
         """Of a step's requests, with their tokens before it, those of whose prompts it read a part."""
@@ -145,6 +146,13 @@ def reports(returned: ModelRunnerOutput) -> Mapping[str, tuple[Report, int]]:
         name: (Report.unpack(packed.get(name, 0)), len(sampled[row]) if sampled else 0)
         for name, row in returned.req_id_to_index.items()
     }
+
+
+def send_traces(returned: Mapping[str, tuple[Report, int]], outputs: dict[int, EngineCoreOutputs]) -> None:
+    """Puts the traces of a step's tokens into its outputs, by client, as if they were parameters of a KV transfer."""
+    for output in (output for of_client in outputs.values() for output in of_client.outputs):
+        if output.request_id in returned and (trace := returned[output.request_id][0].trace):
+            output.kv_transfer_params = {TRACE: trace}
 
 
 def answer_failed(failed: Sequence[Request], outputs: dict[int, EngineCoreOutputs]) -> None:

@@ -25,7 +25,7 @@ from .pass_plan import PassPlan
 from .report import Report
 from .request_table import RequestTable
 from .step_rows import StepRows
-from .targets import Canvases, NextTokens
+from .targets import Canvases, NextTokens, Targets
 from .tower_rows import DeviceRows, TowerRows
 
 
@@ -83,7 +83,8 @@ class TwoTowerSampler:
         fill = StepFill(rows, self._table, text, self.pass_decision, self._source)
         fill.run(plan, logits, _bitmasks(logits, input_batch))
         self._table.read[rows.slots] = rows.read
-        num_sampled, num_rejected, report = rows.num_new, rows.num_rejected, Report.pack(rows, fill.is_finite)
+        report = Report.pack(rows, fill.is_finite, self._table.traces.collect(rows))
+        num_sampled, num_rejected = rows.num_new, rows.num_rejected
         tokens, num_sampled, num_rejected, report = (
             async_tensor_h2d(values, device=text.device) for values in (fill.tokens, num_sampled, num_rejected, report)
         )
@@ -97,24 +98,24 @@ class TwoTowerSampler:
 
     def _profile(self, logits: StepLogits, num_reqs: int) -> SamplerOutput:
         """Samples once for requests that ask for all there is, so that vLLM leaves memory for them."""
-        table, width = self._table, self._table.engine.canvas_length
+        table, width, context = self._table, self._table.engine.canvas_length, logits.context
+        assert context is not None
         modes = [("ar", logits.tile), ("mask_diffusion", logits.tile // width)]
         for mode, most_rows in modes[:1] if table.engine.context_alone else modes:
             slots = np.arange(min(num_reqs, most_rows))
-            for slot in slots:
+            for slot in slots.tolist():
                 table.add(slot, "", demanding_params(mode, self._max_logprobs))
             rows = self._profiled_rows(slots, 1 if mode == "ar" else width)
-            if mode == "ar":
-                targets, head = NextTokens(rows, table, np.zeros_like(slots)), logits.context_head
-            else:
-                targets, head = Canvases(rows, table), logits.denoiser_head
-            hidden = logits.context[: rows.num_tokens]
+            targets: Targets = NextTokens(rows, table, np.zeros_like(slots)) if mode == "ar" else Canvases(rows, table)
+            head = logits.context_head if mode == "ar" else logits.denoiser_head
+            assert head is not None
+            hidden = context[: rows.num_tokens]
             for part, predicted in self._decision.predict(
                 targets, hidden, head, logits.tile, frozenset({"confidence", "margin"})
             ):
                 self._decision.record(part, predicted, torch.ones_like(predicted.tokens, dtype=torch.bool))
             table.clear()
-        prompt = logits.context[:CHUNK_SIZE]
+        prompt = context[:CHUNK_SIZE]
         nothing = prompt.new_zeros(len(prompt), dtype=torch.int64)
         compute_topk_scores(logits.context_head(prompt), max(0, self._max_logprobs), nothing)
         tokens = torch.zeros(num_reqs, width, dtype=torch.int64, device=table.device)
@@ -126,8 +127,10 @@ class TwoTowerSampler:
         lengths = np.full_like(slots, length)
         host = TowerRows(slots, self._table.max_model_len - lengths, lengths)
         of_host = (slots, slots, host.starts, lengths)
-        tensors = (async_tensor_h2d(values, device=self._table.device) for values in of_host)
-        return DeviceRows(host, slots, *tensors, length, has_padding=False)
+        batch_rows, on_device, starts, of_length = (
+            async_tensor_h2d(values, device=self._table.device) for values in of_host
+        )
+        return DeviceRows(host, slots, batch_rows, on_device, starts, of_length, length, has_padding=False)
 
 
 def _bitmasks(logits: StepLogits, input_batch: InputBatch) -> dict[int, np.ndarray]:

@@ -20,13 +20,15 @@ from .metrics import RequestDenoisingMetrics, StepCosts
 from .mode_control import ModeControl
 from .prefix_cache import FoundPages, check_page_size
 from .processes import end_engine_with_its_parent
-from .running_requests import RunningRequest, RunningRequests, answer_failed, reports
+from .running_requests import RunningRequest, RunningRequests, answer_failed, reports, send_traces
 
 _FAILED = RequestStatus.FINISHED_ERROR
 
 
 class TwoTowerScheduler(DiffusionScheduler):
     """Schedules canvases whole and before prompts, the context tower's blocks by one draft, and counts passes."""
+
+    max_num_scheduled_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -108,6 +110,7 @@ class TwoTowerScheduler(DiffusionScheduler):
         )
         self._costs.not_finite += len(failed)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        send_traces(returned, outputs)
         answer_failed(failed, outputs)
         return outputs
 

@@ -47,7 +47,7 @@ class Targets:
     @cached_property
     def host_row(self) -> np.ndarray:
         """(T,): the row each position belongs to."""
-        return np.repeat(np.arange(len(self)), self.rows.width)
+        return np.repeat(np.arange(len(self)), self.rows.even_width)
 
     @cached_property
     def host_column(self) -> np.ndarray:
@@ -62,7 +62,7 @@ class Targets:
     @cached_property
     def column(self) -> Tensor:
         """(T,) on the device: each position's place in its row."""
-        return torch.arange(self.rows.width, device=self.slots.device).repeat(len(self.rows))
+        return torch.arange(self.rows.even_width, device=self.slots.device).repeat(len(self.rows))
 
     def positions_of(self, index: np.ndarray) -> np.ndarray:
         """Where the positions of some rows (n,) lie among all, row after row: (n * S,)."""
@@ -95,9 +95,14 @@ class Targets:
         """What the random numbers of positions (n,) depend on beside the seed."""
         return self.starts[row], torch.zeros_like(row), column
 
+    @property
+    def is_traced(self) -> bool:
+        """Whether a request among them has a trace."""
+        return bool(self.table.traces.is_traced[self.host_slots].any())
+
     def by_row(self, values: Tensor) -> Tensor:
         """(T,) -> (R, S)."""
-        return values.view(-1, self.rows.width)
+        return values.view(-1, self.rows.even_width)
 
     def ahead(self) -> Tensor:
         """What stands in the rows from ``starts`` on (R, S), as :class:`~.logit_rules.RuledRows` has it."""
@@ -179,6 +184,9 @@ class Canvases(Targets):
     verified is a draft, which begins with the request's newest token.
     """
 
+    canvas: Tensor
+    never: int
+
     def __init__(self, rows: DeviceRows, table: RequestTable):
         super().__init__(rows, table)
         self.never = table.engine.mask_token_id
@@ -230,6 +238,7 @@ class Canvases(Targets):
             return [(strategies[used[0]], None)]
         return [(strategies[i], self.on_device(np.flatnonzero(self._strategy == i))) for i in used]
 
+    @cached_property
     def times(self) -> Tensor:
         """The time (R,) of each block's next pass, as its strategy has it."""
         time = self.masked.sum(1) / self.rows.lengths.clamp(min=1)

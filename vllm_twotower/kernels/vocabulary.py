@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 
-def row_statistics(logits: Tensor, never: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The token (T,) int64 of the largest logit, the first of equal ones, that logit, and the logsumexp (T,) in fp32.
+def row_statistics(
+    logits: Tensor, never: int | None = None, needs_second: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The token (T,) int64 of the largest logit, the first of equal ones, that logit, the logsumexp, and the second.
 
-    Of logits (T, V). The logsumexp is NaN if a logit is.
+    Of logits (T, V); the last three (T,) in fp32, the second largest logit only where it is needed, else (0,). The
+    logsumexp is NaN if a logit is.
     """
     logits = _without(logits.float(), never)
     largest, tokens = logits.max(-1)
-    return tokens, largest, logits.logsumexp(-1)
+    second = logits.scatter(1, tokens[:, None], -torch.inf).amax(-1) if needs_second else largest[:0]
+    return tokens, largest, logits.logsumexp(-1), second
 
 
 def masses(logits: Tensor, largest: Tensor, temperature: Tensor, never: int | None = None) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,10 +21,14 @@ from .context import Scanned
 
 @dataclass
 class Chosen:
-    """The most probable or drawn ``tokens`` (T,) int64 of T rows and their probability, ``confidence`` (T,) fp32."""
+    """The most probable or drawn ``tokens`` (T,) int64 of T rows and their probability, ``confidence`` (T,) fp32.
+
+    ``runner_up`` gives the largest probability (T,) fp32 of another token, if it was asked for.
+    """
 
     tokens: Tensor
     confidence: Tensor
+    runner_up: Callable[[], Tensor] | None = None
 
 
 @dataclass
@@ -46,28 +51,36 @@ class OutputHead:
         """All logits (T, V) of hidden states (T, H), on every rank."""
         return self._processor(self._weights, hidden)
 
-    def choose(self, hidden: Tensor, never: int | None = None, draw: Draw | None = None) -> Chosen:
+    def choose(
+        self, hidden: Tensor, never: int | None = None, draw: Draw | None = None, needs_runner_up: bool = False
+    ) -> Chosen:
         """Tokens of hidden states (T, H), without the logits; ``never`` is not predicted.
 
-        Ranks exchange three numbers a row: the largest logit of their shard, its token and the shard's logsumexp; and
-        for draws its mass, then a token and its logit. All get the same result, of equal logits the first token.
+        Ranks exchange three numbers a row: the largest logit of their shard, its token and the shard's logsumexp; for
+        runners-up also the second logit; and for draws its mass, then a token and its logit. All get the same result,
+        of equal logits the first token.
         """
         shard = self._weights.shard_indices
         start = shard.org_vocab_start_index
         logits = self._processor(self._weights, hidden, skip_gather=True)[:, : shard.num_org_elements]
         is_here = never is not None and start <= never < shard.org_vocab_end_index
         never = never - start if is_here else None
-        tokens, ours, logsumexp = row_statistics(logits, never)
-        best = ours
+        tokens, ours, logsumexp, second = row_statistics(logits, never, needs_runner_up)
+        best, of_shards = ours, [ours[None], second[None]]
         if self._weights.tp_size > 1:
-            largest, logsumexp, token = self._gathered(ours, logsumexp, (tokens + start).int())
+            seconds = [second] if needs_runner_up else []
+            largest, logsumexp, token, *seconds = self._gathered(ours, logsumexp, (tokens + start).int(), *seconds)
+            of_shards = [largest, *seconds]
             best, logsumexp = largest.amax(0), logsumexp.logsumexp(0)
             tokens = token.masked_fill(largest != best, self._weights.org_vocab_size - 1).amin(0).long()
         if draw is not None:
             is_drawn = draw.temperature > 0
             token, logit = self._drawn(logits, ours, best, draw, never)
             tokens, best = torch.where(is_drawn, token, tokens), torch.where(is_drawn, logit, best)
-        return Chosen(tokens, torch.exp(best - logsumexp))
+        chosen = Chosen(tokens, torch.exp(best - logsumexp))
+        if needs_runner_up:
+            chosen.runner_up = partial(_runner_up, of_shards, best, logsumexp)
+        return chosen
 
     def _drawn(
         self, logits: Tensor, ours: Tensor, best: Tensor, draw: Draw, never: int | None
@@ -99,6 +112,12 @@ class OutputHead:
         ranks = tensor_model_parallel_all_gather(ours, dim=0).view(-1, *ours.shape)
         parts = ranks.split([column.shape[1] for column in columns], -1)
         return tuple(part.contiguous().view(value.dtype)[..., 0] for part, value in zip(parts, values, strict=True))
+
+
+def _runner_up(of_shards: Sequence[Tensor], chosen: Tensor, logsumexp: Tensor) -> Tensor:
+    """From the two largest logits of every shard, (shards, T) each, the ``chosen`` token's and all logsumexp (T,)."""
+    first, second = torch.cat(list(of_shards)).topk(2, 0).values
+    return torch.exp(torch.where(chosen < first, first, second) - logsumexp)
 
 
 @dataclass

@@ -26,6 +26,12 @@ def probability(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.exp(logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1))
 
 
+def runner_up(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The largest probability (T,) of another token than tokens (T,), under logits (T, V), which are changed."""
+    logsumexp = logits.logsumexp(-1)
+    return torch.exp(logits.scatter_(1, tokens[:, None], -torch.inf).amax(-1) - logsumexp)
+
+
 def margin(logits: Tensor) -> Tensor:
     """Difference (T,) of the two largest probabilities under logits (T, V)."""
     best = torch.exp(logits.topk(2, -1).values - logits.logsumexp(-1, keepdim=True))
