@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": ("predict speed and memory on given hardware", "planning.cli"),
     "quantize": ("quantise a checkpoint's experts, or all its matrices", "quantize"),
     "eval": ("accuracy and speed on held-out problems, sweeps, likelihoods", "evaluation.cli"),
+    "experiment": ("sweeps and ablations from a YAML file, with plots", "experiments.cli"),
     "ray-up": ("start a local Ray cluster for tensor parallelism on CPUs", "ray_cluster"),
     "train": ("train a TwoTower from a YAML file", "training.cli"),
 }

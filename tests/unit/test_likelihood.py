@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from ablated_reference import ablated
 
 from vllm_twotower.architecture import TwoTowerConfig
-from vllm_twotower.evaluation.ablations import ABLATIONS, ablated
-from vllm_twotower.evaluation.answers import Score, held_out_problems
+from vllm_twotower.evaluation.answers import held_out_problems
 from vllm_twotower.evaluation.cli import choose_threshold
-from vllm_twotower.evaluation.likelihood import answers, likelihood, unmasking_order
+from vllm_twotower.evaluation.likelihood import likelihood
 from vllm_twotower.evaluation.report import draw, markdown
+from vllm_twotower.experiments.measures import Result
 from vllm_twotower.reference import TwoTowerModel
 from vllm_twotower.training.initialise import initialise
 
@@ -34,8 +35,8 @@ CONFIG = TwoTowerConfig(
 )
 
 
-def score(right: int, passes: int) -> Score:
-    return Score(1000, right, 4000, passes, {}, {})
+def score(right: int, passes: int) -> Result:
+    return Result(1000, right, 4000, passes, {}, {}, [], None, 0, 0, 0, [])
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def score(right: int, passes: int) -> Score:
         ({0.5: score(700, 500), 0.8: score(800, 700), 1.0: score(800, 4000)}, 0.8),
     ],
 )
-def test_the_fastest_threshold_that_keeps_the_quality(scores: dict[float, Score], chosen: float):
+def test_the_fastest_threshold_that_keeps_the_quality(scores: dict[float, Result], chosen: float):
     assert choose_threshold(score(959, 4000), scores, retain=0.987) == chosen
 
 
@@ -95,54 +96,48 @@ def test_likelihoods_of_blocks_of_one_token():
     assert found.denoiser_bound == pytest.approx(bound / tokens, rel=0.1)  # at random t
 
 
-def test_the_order_of_unmasking_covers_every_place():
-    given = answers(model(4), held_out_problems(3, 0)[0], encode, 1, gamma=1.0, max_tokens=8)
-    order = unmasking_order(given, width=4, mask=3)
-    assert len(order) == 4  # one token a pass
-    assert [sum(passes) for passes in order] == pytest.approx([1] * 4)
-    assert [sum(column) for column in zip(*order, strict=True)] == pytest.approx([1] * 4)
-
-
 def test_ablations_change_what_the_denoiser_sees_and_nothing_else():
     whole = model(4)
     prompt = [1, *encode("What is 3 + 4?")]
     _, state = whole.advance_context(torch.tensor([prompt]), None)
     canvas, t = torch.full((4,), 3), torch.ones(1)
-    logits = {name: ablated(whole, change).denoiser_logits(canvas, state, t) for name, change in ABLATIONS.items()}
+    logits = {
+        name: ablated(whole, **{name: value}).denoiser_logits(canvas, state, t)
+        for name, value in {"mamba_seed": False, "context_kv": False, "time": 0.5, "skip_denoiser_layers": [2]}.items()
+    }
     as_trained = whole.denoiser_logits(canvas, state, t)
     nothing_left = whole.denoiser_logits(canvas, None, t)
-    for name in ("no Mamba states of the context", "no keys and values of the context"):
+    for name in ("mamba_seed", "context_kv", "skip_denoiser_layers"):
         assert not torch.allclose(logits[name], as_trained, atol=1e-3)
         assert not torch.allclose(logits[name], nothing_left, atol=1e-3)
-    without_both = ablated(ablated(whole, ABLATIONS["no Mamba states of the context"]),
-                           ABLATIONS["no keys and values of the context"])  # fmt: skip
+    without_both = ablated(whole, mamba_seed=False, context_kv=False)
     assert torch.equal(without_both.denoiser_logits(canvas, state, t), nothing_left)
     # An untrained time conditioning is neutral.
-    assert torch.equal(logits["t always 0.5"], as_trained)
+    assert torch.equal(logits["time"], as_trained)
     with torch.no_grad():
         whole.t_block[1].weight.normal_()
-    frozen = ablated(whole, ABLATIONS["t always 0.5"])
+    frozen = ablated(whole, time=0.5)
     assert torch.equal(frozen.denoiser_logits(canvas, state, t), whole.denoiser_logits(canvas, state, t / 2))
     assert not torch.allclose(frozen.denoiser_logits(canvas, state, t), whole.denoiser_logits(canvas, state, t))
 
 
 @pytest.mark.parametrize("chosen", [0.8, 1.0])
 def test_a_report_for_any_threshold(tmp_path, chosen: float):
-    entry = {"right": 3, "problems": 4, "accuracy": 0.75, "tokens_per_pass": 2.0, "steps_per_block": {"2.0": 5}}
-    entry |= {"right_by_family": {"addition": (3, 4)}, "accepted": 6.5, "identical": 2}
+    one = asdict(replace(score(3, 2000), problems=4, passes_per_block={2: 5}, right_by_family={"addition": [3, 4]}))
+    entry = one | {"accuracy": 0.75, "tokens_per_pass": 2.0, "accepted_per_draft": 6.5, "identical": 2}
+    draft = entry | {"drafts": 10, "accepted": 65, "agreement": [[9, 10], [5, 9]]}
     results = {
         "model": "a-model", "dtype": "float32", "problems": 4, "max_tokens": 8, "retain": 0.99, "chosen": chosen,
-        "unmasking": [[1.0]],
         "chosen_on": {"ar": entry}, "thresholds": {f"{chosen:g}": entry}, "steps": {}, "widths": {},
-        "drafts": {"1 | any": entry, "2 | 0.5": entry, "2 | 0.8": entry},
+        "drafts": {"1 | any": draft, "2 | 0.5": draft, "2 | 0.8": draft},
         "reported": {"ar": entry, f"threshold {chosen:g}": entry, "threshold 1": entry},
         "speed": {"ar": 2.0, f"threshold {chosen:g}": 5.0},
         "likelihood": {"context": 0.1, "perplexity": 1.1, "denoiser_bound": 0.2, "by_offset": [0.5]},
-        "ablations": {"problems": 4, "right": {"as trained": 3}},
+        "ablations": {"as trained": entry, "no seed": entry},
     }  # fmt: skip
     assert "| as trained | 3 of 4 | 75.0% |" in markdown(results)
     assert f"| threshold {chosen:g} | 3 of 4 | 75.0% | 100.0% | 2 | 2.00 | 5 | 2.50 |" in markdown(results)
     assert "| 2 | 0.8 | 6.50 | 2.00 | 2 |" in markdown(results)
     draw(results, tmp_path)
-    for name in ("steps_per_block.png", "accepted.png"):
+    for name in ("quality.png", "steps_per_block.png", "agreement.png", "ablations.png"):
         assert (tmp_path / name).stat().st_size > 1000

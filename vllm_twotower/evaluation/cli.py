@@ -10,13 +10,29 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_twotower.evaluation.answers import AR, VERIFIED, Score, held_out_problems, score, speeds
+from vllm_twotower.evaluation.answers import held_out_problems, speeds
 from vllm_twotower.evaluation.report import draw, markdown
-from vllm_twotower.offline import fastest_dtype, small_engine
+from vllm_twotower.experiments.cli import allow_ablations, goes_on, identical_texts
+from vllm_twotower.experiments.measures import Result
+from vllm_twotower.experiments.runs import Engines, Run, Workload, run_all, running_engines
+from vllm_twotower.experiments.store import Store, key_of
+from vllm_twotower.experiments.tasks import Task
+from vllm_twotower.offline import fastest_dtype
+from vllm_twotower.training.problems import Problem
+
+AR = {"mode": "ar"}
+VERIFIED = {"mode": "verified"}
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "as trained": {},
+    "t always 0.5": {"time": 0.5},
+    "no Mamba states of the context": {"mamba_seed": False},
+    "no keys and values of the context": {"context_kv": False},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +64,10 @@ def run(args: argparse.Namespace) -> None:
         "max_tokens": args.max_tokens,
         "retain": args.retain,
     }
-    results |= _generated(args, to_choose, to_report)
-    results |= _likelihoods(args, to_report, results["chosen"])
-    args.output.mkdir(parents=True, exist_ok=True)
+    store = Store(args.output)
+    with goes_on(args.output):
+        results |= _generated(args, store, to_choose, to_report)
+        results["likelihood"] = _likelihoods(args, store, to_report[: args.likelihood_problems])
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     text = markdown(results)
     (args.output / "results.md").write_text(text + "\n", encoding="utf-8")
@@ -58,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     print(text)
 
 
-def choose_threshold(ar: Score, scores: dict[float, Score], retain: float) -> float:
+def choose_threshold(ar: Result, scores: Mapping[float, Result], retain: float) -> float:
     """The fastest threshold that keeps a share of AR's accuracy; if none does, the one with the most right answers."""
     keeping = [threshold for threshold, one in scores.items() if one.accuracy >= retain * ar.accuracy]
     if keeping:
@@ -66,90 +83,123 @@ def choose_threshold(ar: Score, scores: dict[float, Score], retain: float) -> fl
     return max(scores, key=lambda threshold: (scores[threshold].right, scores[threshold].tokens_per_pass))
 
 
-def _generated(args: argparse.Namespace, to_choose: list, to_report: list) -> dict[str, Any]:
-    """What comes from the engine."""
+def _generated(
+    args: argparse.Namespace, store: Store, to_choose: list[Problem], to_report: list[Problem]
+) -> dict[str, Any]:
+    """What comes from engines."""
     engine = {"dtype": args.dtype, "max_num_seqs": args.max_num_seqs, "kv_cache_memory_bytes": 512 << 20}
-    with small_engine(args.model, **engine) as llm:
-        ar = score(llm, to_choose, args.max_tokens, AR)
-        thresholds = {t: score(llm, to_choose, args.max_tokens, _threshold(t)) for t in args.thresholds}
-        chosen = choose_threshold(ar, thresholds, args.retain)
-        name = f"threshold {chosen:g}"
-        variants = {"ar": AR, "verified": VERIFIED, name: _threshold(chosen), "threshold 1": _threshold(1.0)}
-        of_ar: list[str] = []
-        reported = {
-            variant: score(llm, to_report, args.max_tokens, options, of_ar) for variant, options in variants.items()
+    choosing, reporting, ablating = (
+        Workload(str(args.model), [Task.of(problem) for problem in problems], args.max_tokens)
+        for problems in (to_choose, to_report, to_report[: args.likelihood_problems])
+    )
+    with running_engines(str(args.model)) as engines:
+
+        def results_of(*groups: list[Run]) -> list[dict[str, Result]]:
+            runs = [run for group in groups for run in group]
+            allow_ablations(runs)
+            found = run_all(runs, store, engines)
+            return [{run.label: found[run.key] for run in group} for group in groups]
+
+        thresholds = {f"{t:g}": _threshold(t) for t in args.thresholds}
+        [on_others] = results_of(_runs(choosing, "thresholds", {"ar": AR, **thresholds}, engine))
+        ar = on_others.pop("ar")
+        chosen = choose_threshold(ar, {float(name): one for name, one in on_others.items()}, args.retain)
+        variants = {"ar": AR, "verified": VERIFIED, f"threshold {chosen:g}": _threshold(chosen)}
+        widths = {str(n): {"canvas_length": n, "max_steps": n, **_threshold(chosen)} for n in args.widths}
+        wide = {**engine, "diffusion_config": {"canvas_length": max(args.widths, default=1)}}
+        groups = {
+            "reported": _runs(reporting, "modes", {**variants, "threshold 1": _threshold(1.0)}, engine),
+            "drafts": _runs(reporting, "drafts", _drafts(args.draft_steps, args.thresholds), engine),
+            "steps": _runs(
+                reporting, "steps", {str(n): {"max_steps": n, **_threshold(chosen)} for n in args.steps}, engine
+            ),
+            "widths": _runs(reporting, "widths", widths, wide),
+            "ablations": _runs(
+                ablating,
+                "ablations",
+                {name: {"ablation": ablation, **_threshold(chosen)} for name, ablation in ABLATIONS.items()},
+                engine,
+            ),
         }
-        drafts = {
-            # With a single pass all tokens are taken, whatever the threshold is.
-            f"{n} | {'any' if n == 1 else f'{t:g}'}": score(
-                llm, to_report, args.max_tokens, VERIFIED | _threshold(t) | {"diffusion_draft_steps": n}, of_ar
-            )
-            for n in args.draft_steps
-            for t in (args.thresholds[:1] if n == 1 else args.thresholds)
-        }
-        steps = {
-            n: score(llm, to_report, args.max_tokens, _threshold(chosen) | {"diffusion_max_steps": n})
-            for n in args.steps
-        }
-        asked = to_report[: args.speed_problems]
-        del variants["threshold 1"]
-        speed = speeds(llm, asked, args.max_tokens, variants, args.rounds)
-    widths = {}
-    if args.widths:
-        with small_engine(args.model, diffusion_config={"canvas_length": max(args.widths)}, **engine) as llm:
-            for width in args.widths:
-                options = _threshold(chosen) | {"diffusion_canvas_length": width, "diffusion_max_steps": width}
-                widths[width] = score(llm, to_report, args.max_tokens, options)
+        first = [name for name in groups if name not in ("widths", "ablations")]
+        found = dict(zip(first, results_of(*(groups[name] for name in first)), strict=True))
+        speed = _speed(args, store, engines, reporting, engine, to_report[: args.speed_problems], variants)
+        found |= dict(zip(("widths", "ablations"), results_of(groups["widths"], groups["ablations"]), strict=True))
+    identical = identical_texts(groups["reported"] + groups["drafts"], store)
     return {
         "chosen": chosen,
         "chosen_on": {"ar": _entry(ar)},
-        "thresholds": {f"{t:g}": _entry(one) for t, one in thresholds.items()},
-        "reported": {variant: _entry(one) for variant, one in reported.items()},
-        "drafts": {drafted: _entry(one) for drafted, one in drafts.items()},
-        "steps": {str(n): _entry(one) for n, one in steps.items()},
-        "widths": {str(width): _entry(one) for width, one in widths.items()},
+        "thresholds": {name: _entry(one) for name, one in on_others.items()},
         "speed": speed,
+        **{
+            group: {run.label: _entry(found[group][run.label], identical.get(run.key)) for run in runs}
+            for group, runs in groups.items()
+        },
     }
+
+
+def _runs(workload: Workload, sweep: str, chosen: Mapping[str, Mapping[str, Any]], engine: dict[str, Any]) -> list[Run]:
+    """One for each entry, which names it."""
+    return [Run(workload, sweep, name, of_run, engine) for name, of_run in chosen.items()]
 
 
 def _threshold(value: float) -> dict[str, Any]:
-    return {"diffusion_confidence_threshold": value}
+    return {"confidence_threshold": value}
 
 
-def _entry(one: Score) -> dict[str, Any]:
-    return {**asdict(one), "accuracy": one.accuracy, "tokens_per_pass": one.tokens_per_pass}
-
-
-def _likelihoods(args: argparse.Namespace, problems: list, chosen: float) -> dict[str, Any]:
-    """What comes from the plain model."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from vllm_twotower.evaluation.ablations import ABLATIONS, ablated
-    from vllm_twotower.evaluation.likelihood import answers, likelihood, unmasking_order
-    from vllm_twotower.reference import Generation, TwoTowerModel
-    from vllm_twotower.training.problems import is_right
-
-    model = TwoTowerModel.from_pretrained(args.model, torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    some = problems[: args.likelihood_problems]
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    def answered(by: TwoTowerModel) -> list[Generation]:
-        return answers(by, some, encode, tokenizer.bos_token_id, chosen, args.max_tokens)
-
-    def right(given: list[Generation]) -> int:
-        texts = (tokenizer.decode(one.tokens, skip_special_tokens=True) for one in given)
-        return sum(map(is_right, texts, some))
-
-    found = likelihood(model, some, encode, tokenizer.bos_token_id, strata=8, seed=args.seed)
-    as_trained = answered(model)
-    rights = {"as trained": right(as_trained)}
-    rights |= {name: right(answered(ablated(model, change))) for name, change in ABLATIONS.items()}
+def _drafts(draft_steps: list[int], thresholds: list[float]) -> dict[str, dict[str, Any]]:
+    """With a single pass all tokens are taken, whatever the threshold is."""
     return {
-        "likelihood": {**asdict(found), "perplexity": found.perplexity},
-        "unmasking": unmasking_order(as_trained, model.config.canvas_length, model.config.mask_token_id),
-        "ablations": {"problems": len(some), "right": rights},
+        f"{n} | {'any' if n == 1 else f'{t:g}'}": {**VERIFIED, **_threshold(t), "draft_steps": n}
+        for n in draft_steps
+        for t in (thresholds[:1] if n == 1 else thresholds)
     }
+
+
+def _speed(
+    args: argparse.Namespace,
+    store: Store,
+    engines: Engines,
+    workload: Workload,
+    engine: dict[str, Any],
+    problems: list[Problem],
+    variants: Mapping[str, Mapping[str, Any]],
+) -> dict[str, float]:
+    """Tokens/s with one request open, measured once."""
+    key = key_of(["speed", workload.key, engine, len(problems), variants, args.rounds])
+    if (found := store.get(key)) is None:
+        options = {name: {f"diffusion_{of}": value for of, value in one.items()} for name, one in variants.items()}
+        found = {"speed": speeds(engines.get(engine), problems, args.max_tokens, options, args.rounds)}
+        store.put(key, found)
+    return found["speed"]
+
+
+def _entry(one: Result, identical: int | None = None) -> dict[str, Any]:
+    derived = {
+        "accuracy": one.accuracy,
+        "tokens_per_pass": one.tokens_per_pass,
+        "accepted_per_draft": one.accepted_per_draft,
+    }
+    return {**asdict(one), **derived, "identical": identical}
+
+
+def _likelihoods(args: argparse.Namespace, store: Store, problems: list[Problem]) -> dict[str, Any]:
+    """What comes from the plain model, measured once."""
+    key = key_of(["likelihood", Workload(str(args.model), [Task.of(problem) for problem in problems]).key, args.seed])
+    if (found := store.get(key)) is None:
+        import torch
+        from transformers import AutoTokenizer
+
+        from vllm_twotower.evaluation.likelihood import likelihood
+        from vllm_twotower.reference import TwoTowerModel
+
+        model = TwoTowerModel.from_pretrained(args.model, torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False)
+
+        one = likelihood(model, problems, encode, tokenizer.bos_token_id, strata=8, seed=args.seed)
+        found = {"likelihood": {**asdict(one), "perplexity": one.perplexity}}
+        store.put(key, found)
+    return found["likelihood"]

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_twotower.reference import Generation, TwoTowerModel, generate_mask_diffusion
+from vllm_twotower.progress import progress
+from vllm_twotower.reference import TwoTowerModel
 from vllm_twotower.training.problems import Problem
 
 Encode = Callable[[str], list[int]]
@@ -44,7 +45,7 @@ def likelihood(
     width, eos, mask = config.canvas_length, config.eos_token_id, config.mask_token_id
     context, bound, tokens = 0.0, 0.0, 0
     offsets, counts = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-    for problem in problems:
+    for problem in progress(problems, "likelihoods", "problems"):
         prompt, answer = [bos, *encode(problem.prompt)], [*encode(problem.answer), eos]
         text = torch.tensor([prompt + answer])
         logits = model.context_logits(text[:, :-1])[0, len(prompt) - 1 :]
@@ -71,30 +72,3 @@ def likelihood(
             share = masked.float().mean(-1).clamp(min=1 / width)
             bound += ((losses(masked, share) * masked).sum(-1) / t).sum().item() / strata
     return Likelihood(context / tokens, bound / tokens, (offsets / counts.clamp(min=1)).tolist())
-
-
-def answers(
-    model: TwoTowerModel, problems: Sequence[Problem], encode: Encode, bos: int, gamma: float, max_tokens: int
-) -> list[Generation]:
-    """The answers by mask diffusion, greedily, in blocks of the model's width until the EOS token."""
-    width, eos = model.config.canvas_length, model.config.eos_token_id
-    return [
-        generate_mask_diffusion(
-            model, [bos, *encode(problem.prompt)], max_tokens,
-            block_size=width, steps=width, gamma=gamma, eos_token_id=eos,
-        )
-        for problem in problems
-    ]  # fmt: skip
-
-
-def unmasking_order(generations: Sequence[Generation], width: int, mask: int) -> list[list[float]]:
-    """How many of the blocks' positions each pass commits, by place in the block: (passes, S) shares of all blocks."""
-    shares, blocks = torch.zeros(width, width), 0
-    for generation in generations:
-        for passes in generation.blocks:
-            blocks += 1
-            for number, one in enumerate(passes):
-                before, after = torch.tensor(one.canvas_in), torch.tensor(one.canvas_out)
-                shares[number] += ((before == mask) & (after != mask)).float()
-    used = int((shares.sum(1) > 0).sum())
-    return (shares[:used] / max(1, blocks)).tolist()

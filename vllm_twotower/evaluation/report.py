@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from vllm_twotower.experiments.measures import Result
 
 Results = dict[str, Any]
 
@@ -74,7 +74,7 @@ def _drafts(results: Results) -> list[str]:
         "|---|---|---|---|---|",
     ]
     return lines + [
-        f"| {drafted} | {one['accepted']:.2f} | {one['tokens_per_pass']:.2f} | {one['identical']} |"
+        f"| {drafted} | {one['accepted_per_draft']:.2f} | {one['tokens_per_pass']:.2f} | {one['identical']} |"
         for drafted, one in results["drafts"].items()
     ]
 
@@ -105,69 +105,31 @@ def _sweep(title: str, column: str, scores: Results) -> list[str]:
 
 
 def _ablations(results: Results) -> list[str]:
-    problems, right = results["ablations"]["problems"], results["ablations"]["right"]
-    lines = ["", f"What the denoiser is given, threshold {results['chosen']}, the plain model in fp32:", ""]
+    lines = ["", f"What the denoiser is given, threshold {results['chosen']}:", ""]
     lines += ["| the denoiser | right | |", "|---|---|---|"]
-    return lines + [f"| {name} | {n} of {problems} | {n / problems:.1%} |" for name, n in right.items()]
+    return lines + [
+        f"| {name} | {one['right']} of {one['problems']} | {one['accuracy']:.1%} |"
+        for name, one in results["ablations"].items()
+    ]
 
 
 def draw(results: Results, folder: Path) -> None:
-    """quality.png, steps_per_block.png, unmasking.png and accepted.png."""
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
+    """The plots of the experiments: quality by threshold on the problems to choose on, the others on those reported."""
+    from vllm_twotower.experiments.figures import PLOTS, Row, draw_all
 
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    scores = results["thresholds"]
-    axes.plot([s["tokens_per_pass"] for s in scores.values()], [s["accuracy"] for s in scores.values()], "o-")
-    for value, one in scores.items():
-        axes.annotate(value, (one["tokens_per_pass"], one["accuracy"]), textcoords="offset points", xytext=(4, 4))
-    axes.axhline(results["chosen_on"]["ar"]["accuracy"], linestyle="--", color="gray", label="AR")
-    axes.set(xlabel="tokens per denoiser pass", ylabel="right answers", title="quality against speed, by threshold")
-    axes.margins(x=0.12)
-    axes.legend()
-    figure.savefig(folder / "quality.png", dpi=110)
+    def row(sweep: str, label: str, entry: Results, **flags: bool) -> Row:
+        names = {field.name for field in fields(Result)}
+        one = Result.from_json({name: value for name, value in entry.items() if name in names})
+        return Row(f"{sweep}/{label}", sweep, label, one, **flags)
 
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes, blocks = figure.subplots(), results["reported"][f"threshold {results['chosen']:g}"]["steps_per_block"]
-    axes.bar(list(blocks), list(blocks.values()))
-    axes.set(
-        xlabel="denoiser passes, at most", ylabel="blocks", title=f"steps per block, threshold {results['chosen']}"
-    )
-    figure.savefig(folder / "steps_per_block.png", dpi=110)
-
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    shares = results["unmasking"]
-    passes = range(1, len(shares) + 1)
-    edges = (-0.5, len(shares[0]) - 0.5, 0.5, len(shares) + 0.5)
-    image = axes.imshow(shares, aspect="auto", origin="lower", extent=edges, norm=LogNorm(1e-3, 1, clip=True))
-    axes.set(xlabel="place in the block", ylabel="pass", yticks=list(passes))
-    axes.set_title("share of blocks that commit a place in a pass")
-    figure.colorbar(image)
-    figure.savefig(folder / "unmasking.png", dpi=110)
-
-    if results["drafts"]:
-        _draw_drafts(results["drafts"]).savefig(folder / "accepted.png", dpi=110)
-
-
-def _draw_drafts(drafts: Results) -> Figure:
-    """Accepted tokens a draft, and tokens per pass of both towers, by draft steps and threshold."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
-    steps = list(dict.fromkeys(drafted.split(" | ")[0] for drafted in drafts))
-    for axes, key, title in (
-        (figure.add_subplot(1, 2, 1), "accepted", "accepted tokens a draft"),
-        (figure.add_subplot(1, 2, 2), "tokens_per_pass", "tokens per pass of both towers"),
-    ):
-        for n in steps:
-            of_steps = {name.split(" | ")[1]: one[key] for name, one in drafts.items() if name.startswith(f"{n} |")}
-            if "any" in of_steps:
-                axes.axhline(of_steps["any"], linestyle="--", color="gray", label=f"{n} step")
-            else:
-                axes.plot(list(of_steps), list(of_steps.values()), "o-", label=f"{n} steps")
-        axes.set(xlabel="threshold", title=title)
-        axes.set_ylim(bottom=0)
-        axes.legend(loc="lower right")
-    return figure
+    ar = row("modes", "autoregressive", results["chosen_on"]["ar"], is_ar=True)
+    thresholds = [row("threshold", f"threshold {name}", entry) for name, entry in results["thresholds"].items()]
+    draw_all([ar, *thresholds], folder, ["quality.png"])
+    reported = [row("modes", name, entry, is_ar=name == "ar") for name, entry in results["reported"].items()]
+    reported += [row("drafts", f"drafts of {drafted}", entry) for drafted, entry in results["drafts"].items()]
+    reported += [row("steps", f"at most {name} passes", entry) for name, entry in results["steps"].items()]
+    reported += [row("width", f"width {name}", entry) for name, entry in results["widths"].items()]
+    reported += [
+        row("ablation", name, entry, is_ablated=name != "as trained") for name, entry in results["ablations"].items()
+    ]
+    draw_all(reported, folder, [name for name in PLOTS if name != "quality.png"])
