@@ -94,9 +94,14 @@ train: setup  ## train a tiny model from nothing, evaluate and export it (TRAIN_
 	$(RUN) vllm-twotower eval runs/train-tiny/model --output runs/train-tiny/evaluation
 	$(RUN) vllm-twotower train $(TRAIN_CONFIG) --only export
 
-lint: setup  ## check style and formatting
+# mypy finds modules by their folders, so it gets one with links to all that the package is made of.
+TYPED := .mypy_cache/package
+lint: setup  ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)/vllm_twotower
+	@ln -s $(abspath vllm_twotower)/* $(abspath patches models) $(TYPED)/vllm_twotower
+	cd $(TYPED) && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) --cache-dir $(abspath .mypy_cache)
 
 format: setup  ## apply the style and formatting fixes
 	$(BIN)/ruff check --fix .
@@ -118,5 +123,5 @@ lock:  ## regenerate requirements/cpu.lock with the newest versions allowed
 
 clean:  ## remove the virtual environments, builds and caches
 	rm -rf $(VENV) .venv-lock build dist *.egg-info packaging/vllm-alias/build packaging/vllm-alias/*.egg-info
-	rm -rf .pytest_cache .ruff_cache .hypothesis
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find vllm_twotower patches tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
