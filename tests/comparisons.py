@@ -13,6 +13,7 @@ from vllm import RequestOutput
 from vllm.logprobs import Logprob
 
 from vllm_twotower.reference import TwoTowerModel
+from vllm_twotower.trace import DiffusionTrace
 
 
 @cache
@@ -57,6 +58,13 @@ def assert_close_entries(x: dict[int, Logprob], y: dict[int, Logprob]) -> None:
     # The last of the top k, whichever it is; the chosen token may be less likely than all of them.
     others = [sorted(mine[token].logprob for token in mine.keys() - its.keys()) for mine, its in ((x, y), (y, x))]
     assert others[0] == pytest.approx(others[1], abs=rounding)
+
+
+def assert_same_traces(one: DiffusionTrace, other: DiffusionTrace) -> None:
+    """Equal but for the last bits of probabilities."""
+    assert (one.block, one.decided_in, one.blocks) == (other.block, other.decided_in, other.blocks)
+    assert one.confidence == pytest.approx(other.confidence, abs=2e-5)
+    assert one.runner_up == pytest.approx(other.runner_up, abs=2e-5)
 
 
 def assert_logprobs(logprobs: list, want: Expected) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparisons import assert_same_traces
 from engines import generate, runner, running_engine, tokens_of
 from golden_data import GOLDEN
 from random_requests import draw_prompt
@@ -32,6 +33,7 @@ from vllm_twotower.engine.metrics import EAGER
 from vllm_twotower.engine.pass_graphs import PassDescriptor, PassGraphs, PassKind
 from vllm_twotower.engine.tower_rows import DeviceRows
 from vllm_twotower.model.moe_cpu import CpuMoE
+from vllm_twotower.trace import TRACE
 
 ROW_COUNTS = (1, 2, 4, 8)
 WIDTH = 16
@@ -54,6 +56,7 @@ class Comparison:
         before = self._copies()
         with torch_layers(self._layers, self._state.planner.state_block_size), self._experts_of(rows):
             decided = self._passes.run(desc)
+            traced = () if decided is None else decided.traced()
         eager = self._copies()
         for memory, value in zip(self._memory, before, strict=True):
             memory.copy_(value)
@@ -61,7 +64,9 @@ class Comparison:
         assert all(map(torch.equal, self._memory, eager)), desc
         if decided is not None:
             is_row = rows.lengths > 0
-            assert torch.equal(self._graphs.outcome(desc)[is_row], decided[is_row]), desc
+            assert torch.equal(self._graphs.outcome(desc)[is_row], decided.outcome[is_row]), desc
+            for one, other in zip(self._graphs.traced(desc), traced, strict=True):
+                assert torch.equal(one[is_row], other[is_row]), desc
         self._note(desc, rows)
 
     @contextmanager
@@ -107,10 +112,10 @@ def draw_requests(rng: random.Random) -> list[list[tuple[list[int], SamplingPara
         return prompt, SamplingParams(**draws, max_tokens=max_tokens, ignore_eos=True, extra_args=options)
 
     batches = []
-    for size in (7, 4, 2, 1):
-        batches.append([draw_one(40, diffusion_max_steps=1) for _ in range(size)])
-        batches.append([draw_one(6, diffusion_mode="ar") for _ in range(size)])
-        batches.append([draw_one(6, diffusion_mode="verified") for _ in range(size)])
+    for size, trace in zip((7, 4, 2, 1), ("none", "tokens", "passes", "none"), strict=True):
+        batches.append([draw_one(40, diffusion_max_steps=1, diffusion_trace=trace) for _ in range(size)])
+        batches.append([draw_one(6, diffusion_mode="ar", diffusion_trace=trace) for _ in range(size)])
+        batches.append([draw_one(6, diffusion_mode="verified", diffusion_trace=trace) for _ in range(size)])
     mixed = [draw_one(rng.randint(1, 40), diffusion_mode="ar") for _ in range(4)]
     mixed += [draw_one(20, diffusion_mode="verified", diffusion_canvas_length=rng.choice((9, 16))) for _ in range(3)]
     for _ in range(8):
@@ -127,14 +132,17 @@ def test_passes_are_replayed(checkpoint: str) -> None:
     options = {"enable_prefix_caching": True, "max_model_len": 256, "block_size": 64, "kv_cache_memory_bytes": 8 << 20}
     model = GOLDEN / f"ckpt_{checkpoint}"
     with running_engine(model, **options) as llm:
-        expected = [tokens_of(generate(llm, *batch)) for batch in batches]
+        expected = [output for batch in batches for output in generate(llm, *batch)]
     with torch_attention(), running_engine(model, **options) as llm, stand_in_cuda(llm, ROW_COUNTS) as cuda:
         graphs = cuda.capture()
         assert cuda.entered == 1  # where ranks can be captured that communicate
         comparison = Comparison(cuda, graphs)
         graphs.replay = comparison.replay
-        replayed = [tokens_of(generate(llm, *batch)) for batch in batches]
-    assert replayed == expected
+        replayed = [output for batch in batches for output in generate(llm, *batch)]
+    assert tokens_of(replayed) == tokens_of(expected)
+    for one, other in zip(replayed, expected, strict=True):
+        if hasattr(other.outputs[0], TRACE):
+            assert_same_traces(one.outputs[0].diffusion_trace, other.outputs[0].diffusion_trace)
     assert set(comparison.replays) == {(kind, rows) for kind in PassKind for rows in ROW_COUNTS}
     assert min(comparison.replays.values()) > 1, comparison.replays
     assert all(comparison.seen.values()), comparison.seen

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparisons import assert_same_traces
 from engines import core, generate, running_engine, tokens_of, traced
 from golden_data import CHECKPOINTS, DiffusionRun, checkpoint, diffusion_runs
 from vllm import LLM, RequestOutput, SamplingParams
@@ -84,13 +85,6 @@ def test_canvases_are_the_reference_s(name: str) -> None:
                         assert trace.runner_up[at] == pytest.approx(second[place], abs=NEAR)
 
 
-def assert_same(one: DiffusionTrace, other: DiffusionTrace) -> None:
-    """Equal but for the last bits of probabilities."""
-    assert (one.block, one.decided_in, one.blocks) == (other.block, other.decided_in, other.blocks)
-    assert one.confidence == pytest.approx(other.confidence, abs=NEAR)
-    assert one.runner_up == pytest.approx(other.runner_up, abs=NEAR)
-
-
 def test_preemption() -> None:
     """A block that is started again has one trace: that of the passes that filled it."""
     page = 64 << 10  # 128 tokens of keys and values, or one state, of this checkpoint
@@ -119,7 +113,7 @@ def test_preemption() -> None:
         if of_request.extra_args.get("diffusion_mode") == "verified":  # starts again with a token of the context tower
             assert trace_of(other).confidence == pytest.approx(trace_of(one).confidence, abs=NEAR)
         else:
-            assert_same(trace_of(one), trace_of(other))
+            assert_same_traces(trace_of(one), trace_of(other))
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +144,7 @@ def test_traces_in_any_batch(llm: LLM) -> None:
     untraced = generate(llm, [PROMPT] * 8, plain)
     assert tokens_of(together[::2]) == tokens_of(together[1::2]) == tokens_of(alone) == tokens_of(untraced)
     for one, other, without in zip(alone, together[::2], untraced, strict=True):
-        assert_same(trace_of(one), trace_of(other))
+        assert_same_traces(trace_of(one), trace_of(other))
         check(trace_of(one), len(one.outputs[0].token_ids))
         assert not hasattr(without.outputs[0], "diffusion_trace")
 
@@ -187,11 +181,11 @@ def test_parts_of_a_stream(llm: LLM) -> None:
     for part in parts:
         assert len(trace_of(part)) == len(part.outputs[0].token_ids)
         collected.extend(trace_of(part))
-    assert_same(collected, trace_of(whole))
+    assert_same_traces(collected, trace_of(whole))
     first, second = parts[:2]
     first.add(second, aggregate=True)
     merged = trace_of(whole).part(0, len(first.outputs[0].token_ids))
-    assert_same(trace_of(first), merged)
+    assert_same_traces(trace_of(first), merged)
 
 
 def test_several_completions(llm: LLM) -> None:
@@ -213,7 +207,7 @@ def test_stops_cut_traces(llm: LLM) -> None:
         first = whole.outputs[0].token_ids.index(stop)
         [cut] = generate(llm, [PROMPT], [params(stop_token_ids=[stop])])
         assert len(cut.outputs[0].token_ids) == first + 1
-        assert_same(trace_of(cut), trace_of(whole).part(0, first + 1))
+        assert_same_traces(trace_of(cut), trace_of(whole).part(0, first + 1))
 
 
 @pytest.mark.parametrize(

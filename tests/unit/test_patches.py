@@ -410,6 +410,23 @@ def test_only_two_tower_beam_searches_refuse_diffusion_options(model: SimpleName
         assert asyncio.run(BaseServing._check_model(serving, request)) is None
 
 
+@each_model
+@pytest.mark.parametrize("level", ["tokens", "none", None])
+@pytest.mark.usefixtures("uninstalled")
+def test_traces_are_refused_where_responses_have_no_room(model: SimpleNamespace, level: str | None):
+    """Of an API whose requests bring sampling parameters."""
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+    from vllm.exceptions import VLLMValidationError
+
+    patches.install_start_patches()
+    serving = SimpleNamespace(model_config=model, request_logger=None, _is_model_supported=lambda name: True)
+    params = SimpleNamespace(extra_args={"diffusion_trace": level} if level else None)
+    request = SimpleNamespace(model="served", sampling_params=params)
+    is_refused = model is TWO_TOWER and level == "tokens"
+    with pytest.raises(VLLMValidationError, match="diffusion_trace") if is_refused else nullcontext():
+        assert asyncio.run(BaseServing._check_model(serving, request)) is None
+
+
 @without_triton
 @pytest.mark.usefixtures("uninstalled")
 def test_cpu_kernels_take_the_parameters_of_the_triton_kernels():

@@ -144,8 +144,8 @@ class PassGraphs(ModelCudaGraphManager):
         return self._outcomes[list(PassKind).index(desc.kind), : desc.num_reqs, : 2 + desc.width]
 
     def traced(self, desc: PassDescriptor) -> tuple[Tensor, ...]:
-        """What is traced of the graph's last replay, before another graph is replayed in the same memory."""
-        traced = self._traced[desc]
+        """What is traced of the graph's last replay, before another one in the same memory; of a read nothing."""
+        traced = self._traced.get(desc)
         return () if traced is None else traced()
 
     def replay(self, desc: PassDescriptor) -> None:
