@@ -8,6 +8,7 @@ from functools import partial
 from typing import TypeVar, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 from vllm.config import ModelConfig
 from vllm.v1.worker.gpu.sample.sampler import Sampler
@@ -131,7 +132,8 @@ class Decision:
         largest, tokens = logits.max(-1)
         predicted = Prediction(tokens, largest.isfinite(), scored=scored, ruled=ruled)
         if "confidence" in needs or targets.is_traced:
-            predicted.confidence = probability(logits, tokens)
+            logsumexp = logits.logsumexp(-1)
+            predicted.confidence = torch.exp(largest - logsumexp)
         if "margin" in needs:
             predicted.margin = margin(logits)
         if "energy" in needs:
@@ -140,7 +142,7 @@ class Decision:
         if table.is_random[slots].any():
             self._draw(targets, logits, predicted)
         if targets.is_traced:
-            predicted.runner_up = partial(runner_up, logits, predicted.tokens)
+            predicted.runner_up = partial(runner_up, logits, logsumexp, predicted.tokens)
         return predicted
 
     def _draw(self, targets: Targets, logits: Tensor, predicted: Prediction) -> None:

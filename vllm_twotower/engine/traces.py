@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 _NONE, _PASSES = LEVELS.index("none"), LEVELS.index("passes")
 _NO_DRAFT = -1
-_HEADER = 5
+_HEADER = 4
 
 
 class TraceTable:
@@ -77,29 +78,36 @@ class TraceTable:
         of_step = np.flatnonzero(self.is_traced[rows.slots] & (rows.num_new > 0))
         if not len(of_step):
             return None
-        packed = [self._packed(rows, row) for row in of_step]
+        packed = self._packed(rows, of_step)
         found = np.zeros((len(rows), 1 + max(map(len, packed))), dtype=np.int64)
-        for row, numbers in zip(of_step, packed, strict=True):
-            found[row, 0], found[row, 1 : 1 + len(numbers)] = len(numbers), numbers
+        for row, numbers in zip(of_step.tolist(), packed, strict=True):
+            found[row, : 1 + len(numbers)] = [len(numbers), *numbers]
         self._forget(rows.slots[of_step])
         return found
 
-    def _packed(self, rows: StepRows, row: int) -> np.ndarray:
-        slot, count = rows.slots[row], rows.num_new[row]
-        is_draft, is_canvas = bool(rows.is_verified[row]), not (rows.is_ar[row] or rows.is_verified[row])
-        decided_in, drafted = np.zeros(count, dtype=np.int64), _NO_DRAFT
-        if is_canvas:
-            decided_in = self._decided_in[slot, :count]
-        elif is_draft:  # whose canvas begins with the token before it
-            decided_in[:-1], drafted = self._decided_in[slot, 1:count], rows.room[row] - 1
-        probabilities = (self._of_canvas if is_canvas else self._of_text)[slot, :, :count]
-        passes = self._passes.get(int(slot), []) if is_draft or is_canvas else []
-        times = np.array([t for t, _ in passes], dtype=np.float32)
-        canvases = [canvas for _, canvas in passes]
-        of_block = self._num_passes[slot] if is_draft or is_canvas else 0
-        header = (count, of_block, drafted, len(passes), len(canvases[0]) if canvases else 0)
-        bits = (probabilities.ravel().view(np.int32), times.view(np.int32))
-        return np.concatenate((header, decided_in, *bits, *canvases))
+    def _packed(self, rows: StepRows, of_step: np.ndarray) -> list[list[int]]:
+        """The numbers of some rows (n,) of a step."""
+        slots, counts, is_draft = rows.slots[of_step], rows.num_new[of_step], rows.is_verified[of_step]
+        is_canvas = ~(rows.is_ar[of_step] | is_draft)
+        decided_in = self._decided_in[slots]
+        decided_in[is_draft, :-1] = decided_in[is_draft, 1:]  # a draft begins with the token before it
+        decided_in[np.arange(decided_in.shape[1]) >= np.where(is_canvas, counts, is_draft * (counts - 1))[:, None]] = 0
+        probabilities = np.where(is_canvas[:, None, None], self._of_canvas[slots], self._of_text[slots])
+        passes = np.where(is_canvas | is_draft, self._num_passes[slots], 0)
+        drafted = np.where(is_draft, rows.room[of_step] - 1, _NO_DRAFT)
+        columns = (slots, counts, passes, drafted, decided_in, probabilities.view(np.int32))
+        packed = []
+        for slot, count, num_passes, of_draft, of_tokens, (chosen, second) in zip(
+            *(column.tolist() for column in columns), strict=True
+        ):
+            noted = self._passes.get(slot, []) if num_passes else []
+            times = np.array([t for t, _ in noted], dtype=np.float32).view(np.int32).tolist()
+            canvases = [token for _, canvas in noted for token in canvas.tolist()]
+            packed.append(
+                [count, num_passes, of_draft, len(times), *of_tokens[:count], *chosen[:count], *second[:count]]
+                + [*times, *canvases]
+            )
+        return packed
 
     def _forget(self, slots: np.ndarray) -> None:
         self._num_passes[slots] = self._decided_in[slots] = 0
@@ -110,23 +118,23 @@ class TraceTable:
 
 def add_block(trace: DiffusionTrace, numbers: Sequence[int]) -> None:
     """Adds to a trace what a step has returned of its request, as :meth:`TraceTable.collect` gives it."""
-    count, num_passes, drafted, num_canvases, width = numbers[:_HEADER]
-    sizes = (_HEADER, count, 2 * count, num_canvases, num_canvases * width)
-    _, decided_in, probabilities, times, canvases, _ = np.split(np.array(numbers), np.cumsum(sizes))
-    confidence, runner_up = _floats(probabilities).reshape(2, count).tolist()
-    block = BlockTrace(len(trace), count, num_passes)
-    if drafted != _NO_DRAFT:
-        block.drafted, block.accepted = drafted, count - 1
-    if num_canvases:
-        block.t, block.canvases = _floats(times).tolist(), canvases.reshape(num_canvases, width).tolist()
-    trace.block += [len(trace.blocks) if num_passes else None] * count
-    trace.decided_in += [number or None for number in decided_in.tolist()]
-    trace.confidence += confidence
-    trace.runner_up += runner_up
+    count, num_passes, drafted, num_canvases = numbers[:_HEADER]
+    ends = [_HEADER + n for n in (count, 2 * count, 3 * count, 3 * count + num_canvases)]
     if num_passes:
+        block = BlockTrace(len(trace), count, num_passes)
+        if drafted != _NO_DRAFT:
+            block.drafted, block.accepted = drafted, count - 1
+        if num_canvases:
+            width = (len(numbers) - ends[3]) // num_canvases
+            block.t = _floats(numbers[ends[2] : ends[3]])
+            block.canvases = [list(numbers[start : start + width]) for start in range(ends[3], len(numbers), width)]
         trace.blocks.append(block)
+    trace.block += [len(trace.blocks) - 1 if num_passes else None] * count
+    trace.decided_in += [number or None for number in numbers[_HEADER : ends[0]]]
+    trace.confidence += _floats(numbers[ends[0] : ends[1]])
+    trace.runner_up += _floats(numbers[ends[1] : ends[2]])
 
 
-def _floats(bits: np.ndarray) -> np.ndarray:
-    """fp32 numbers (n,) of their bits (n,), int64."""
-    return bits.astype(np.int32).view(np.float32)
+def _floats(bits: Sequence[int]) -> list[float]:
+    """fp32 numbers (n,) of their bits (n,)."""
+    return list(struct.unpack(f"{len(bits)}f", struct.pack(f"{len(bits)}i", *bits)))

@@ -26,9 +26,11 @@ def probability(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.exp(logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1))
 
 
-def runner_up(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The largest probability (T,) of another token than tokens (T,), under logits (T, V), which are changed."""
-    logsumexp = logits.logsumexp(-1)
+def runner_up(logits: Tensor, logsumexp: Tensor, tokens: Tensor) -> Tensor:
+    """The largest probability (T,) of another token than tokens (T,).
+
+    Under logits (T, V), which are changed; their logsumexp is (T,).
+    """
     return torch.exp(logits.scatter_(1, tokens[:, None], -torch.inf).amax(-1) - logsumexp)
 
 
