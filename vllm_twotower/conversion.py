@@ -28,6 +28,7 @@ from vllm_twotower.architecture import (
     tensor_shapes,
 )
 from vllm_twotower.checkpoint import INDEX, WeightCheck, tensor_headers
+from vllm_twotower.progress import progress
 
 _TOWER = re.compile(r"^(?:backbone|model)\.(?=embeddings\.|layers\.|norm_f\.)")
 _STACKED = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj)")
@@ -127,7 +128,7 @@ def _write_shards(files: list[Path], folder: Path, config: TwoTowerConfig, seed:
             total += tensor.nbytes
         save_file(tensors, folder / name, {"format": "pt"})
 
-    for index, file in enumerate(files):
+    for index, file in enumerate(progress(files, "converting", "shards")):
         tensors = dict(_tower_tensors(file, tied_head))
         if "embeddings.weight" in tensors:
             dtype = tensors["embeddings.weight"].dtype

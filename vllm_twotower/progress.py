@@ -27,8 +27,8 @@ class _Lines:
         self._stream.flush()
 
 
-def progress_bar(what: str, total: int, unit: str, initial: int = 0) -> tqdm:
-    """A bar on stderr; without a terminal plain lines, one in half a minute."""
+def progress_bar(what: str, total: int | None, unit: str, initial: int = 0) -> tqdm:
+    """A bar on stderr; without a terminal plain lines, one in half a minute. ``total``: None where nobody knows it."""
     if sys.stderr.isatty():
         return tqdm(desc=what, total=total, initial=initial, unit=f" {unit}", mininterval=0.5)
     return tqdm(

@@ -16,21 +16,30 @@ REPOSITORY = Path(__file__).parents[2]
 PROBLEMS = 24
 
 
-@pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The command's folder; in a process of its own, since an engine may run in this one."""
-    folder = tmp_path_factory.mktemp("evaluation") / "results"
-    options = (
-        "--problems {} --thresholds 0.8 1.0 --steps 2 --draft-steps 1 2 --widths 8 32 --speed-problems 2 --rounds 1"
-    )
-    options += " --likelihood-problems 6 --max-tokens 48 --dtype float32"
-    subprocess.run(
+OPTIONS = (
+    f"--problems {PROBLEMS} --thresholds 0.8 1.0 --steps 2 --draft-steps 1 2 --widths 8 32"
+    " --speed-problems 2 --rounds 1 --likelihood-problems 6 --max-tokens 48 --dtype float32"
+)
+
+
+def evaluate(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command; in a process of its own, since an engine may run in this one."""
+    return subprocess.run(
         [sys.executable, "-m", "vllm_twotower.cli", "eval", str(REPOSITORY / "models" / "tiny-twotower"), "--output"]
-        + [str(folder), *options.format(PROBLEMS).split()],
+        + [str(folder), *OPTIONS.split()],
         env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},  # spares its engines processes of their own
         check=True,
         timeout=600,
+        capture_output=True,
+        text=True,
     )
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command's folder."""
+    folder = tmp_path_factory.mktemp("evaluation") / "results"
+    evaluate(folder)
     return folder
 
 
@@ -88,3 +97,9 @@ def test_the_rest_is_written(output: Path, results: dict):
     assert "| threshold | right |" in text
     for name in ("quality.png", "steps_per_block.png", "unmasking.png", "agreement.png", "ablations.png"):
         assert (output / name).stat().st_size > 5000
+
+
+def test_the_same_command_measures_nothing_again(output: Path, results: dict):
+    done = evaluate(output)
+    assert "answers" not in done.stderr  # no bar
+    assert json.loads((output / "results.json").read_text()) == results  # the speeds too

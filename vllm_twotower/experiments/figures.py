@@ -22,7 +22,9 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 KEPT = 0.99
 """The share of AR's right answers that a setting is to keep."""
-_PASSES = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, None))
+_PASSES = {
+    "1": (1, 1), "2": (2, 2), "3 to 4": (3, 4), "5 to 8": (5, 8), "9 to 16": (9, 16), "17 and more": (17, 1 << 31),
+}  # fmt: skip
 _MOST_TAUS = 9
 _GRAY = "#555555"
 
@@ -91,7 +93,9 @@ def quality(rows: Sequence[Row]) -> Figure | None:
         if ar is not None:
             panel.axhline(ar.accuracy, linestyle="--", color=_GRAY, linewidth=1)
         panel.scatter(*zip(*everything, strict=True), color="#d5d5d5", s=14)
-        panel.plot(*zip(*points, strict=True), marker="o", color=color, linewidth=1.2, markersize=5)
+        is_scale = all(any(map(str.isdigit, row.label)) for row in shown if row.sweep == sweep)
+        style = "-" if is_scale else "none"
+        panel.plot(*zip(*points, strict=True), marker="o", color=color, linestyle=style, linewidth=1.2, markersize=5)
         panel.grid(alpha=0.25)
         panel.set_title(sweep, fontsize=10, color=color, loc="left")
     if ar is not None:
@@ -105,21 +109,25 @@ def quality(rows: Sequence[Row]) -> Figure | None:
     figure.supylabel("right answers", fontsize=10)
     for number, (panel, sweep) in enumerate(zip(panels.flat, sweeps, strict=False)):
         of_sweep = [row for row in shown if row.sweep == sweep]
-        color = COLORS[number % len(COLORS)]
         labels = without_common_start([row.label for row in of_sweep])
-        place_labels(panel, [_point(row) for row in of_sweep], labels, [color] * len(of_sweep))
+        place_labels(figure, panel, [_point(row) for row in of_sweep], labels, COLORS[number % len(COLORS)])
     return figure
 
 
 def _quality_title(blocks: Sequence[Row], ar: Result | None) -> str:
+    top = _fastest(blocks, ar)
+    speed = f"at {top.result.tokens_per_pass:.1f} tokens a pass ({top.label})"
     if ar is None or not ar.right:
-        top = max(blocks, key=lambda row: row.result.accuracy)
-        return f"At best {_percent(top.result.accuracy)} right, at {top.result.tokens_per_pass:.1f} tokens a pass"
-    keeping = [row for row in blocks if row.result.accuracy >= KEPT * ar.accuracy]
-    pool = keeping or [max(blocks, key=lambda row: row.result.accuracy)]
-    top = max(pool, key=lambda row: row.result.tokens_per_pass)
-    share = _percent(top.result.accuracy / ar.accuracy)
-    return f"{share} of AR's right answers at {top.result.tokens_per_pass:.1f} tokens a pass ({top.label})"
+        return f"{_percent(top.result.accuracy)} of the answers are right {speed}"
+    return f"{_percent(top.result.accuracy / ar.accuracy)} of AR's right answers {speed}"
+
+
+def _fastest(rows: Sequence[Row], ar: Result | None) -> Row:
+    """The run with most tokens a pass that keeps AR's quality, or the best one's, or the best run."""
+    best = max(rows, key=lambda row: row.result.accuracy)
+    least = KEPT * (best.result.accuracy if ar is None else ar.accuracy)
+    keeping = [row for row in rows if row.result.accuracy >= least]
+    return max(keeping or [best], key=lambda row: row.result.tokens_per_pass)
 
 
 def _point(row: Row) -> tuple[float, float]:
@@ -139,20 +147,18 @@ def passes_per_block(rows: Sequence[Row]) -> Figure | None:
     filled = [row for row in _whole(rows) if row.result.blocks and not row.result.drafts]
     if not filled:
         return None
-    fewest, most = (choose(filled, key=lambda row: row.result.mean_passes_per_block) for choose in (min, max))
-    title = f"A block takes {fewest.result.mean_passes_per_block:.2f} passes ({fewest.label})"
-    if most is not fewest:
-        title += f" to {most.result.mean_passes_per_block:.2f} ({most.label})"
-    shown = _grouped(filled, lambda result: result.passes_per_block)
-    figure, axes = _figure(8.4, 1.7 + 0.29 * len(shown), title)
+    top = _fastest(filled, next((row.result for row in rows if row.is_ar), None))
+    title = (
+        f"{_capital(top.label)}: {_percent(top.result.passes_per_block.get(1, 0) / top.result.blocks, 0)} of blocks "
+        f"take one pass, the mean is {top.result.mean_passes_per_block:.2f}"
+    )
+    shown = _grouped(filled, _bars)
+    figure, axes = _figure(8.4, 1.7 + 0.33 * len(shown), title)
     colors = colormaps["viridis"]
     for place, result in enumerate(shown.values()):
         left = 0.0
-        for number, (low, high) in enumerate(_PASSES):
-            count = sum(n for passes, n in result.passes_per_block.items() if low <= passes <= (high or passes))
-            share = count / result.blocks
-            name = str(low) if low == high else f"{low} and more" if high is None else f"{low} to {high}"
-            color = colors(0.95 - 0.9 * number / (len(_PASSES) - 1))
+        for number, (name, share) in enumerate(zip(_PASSES, _shares(result), strict=True)):
+            color = colors(0.92 - 0.86 * number / (len(_PASSES) - 1))
             axes.barh(place, share, left=left, color=color, height=0.72, label=None if place else name)
             if share >= 0.08:
                 axes.text(
@@ -162,7 +168,7 @@ def passes_per_block(rows: Sequence[Row]) -> Figure | None:
             left += share
         axes.text(1.01, place, f"{result.mean_passes_per_block:.2f}", va="center", fontsize=9)
     axes.text(1.01, -1, "mean", va="center", fontsize=9)
-    axes.set_yticks(range(len(shown)), list(shown))
+    axes.set_yticks(range(len(shown)), [fill(label, 40) for label in shown])
     axes.set(xlim=(0, 1.08), ylim=(len(shown) - 0.4, -1.5), xlabel="share of blocks")
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
@@ -173,6 +179,20 @@ def passes_per_block(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
+def _shares(result: Result) -> list[float]:
+    """Of the blocks that take as many passes as each entry of ``_PASSES`` says."""
+    counts = [
+        sum(count for passes, count in result.passes_per_block.items() if low <= passes <= high)
+        for low, high in _PASSES.values()
+    ]
+    return [count / result.blocks for count in counts]
+
+
+def _bars(result: Result) -> list[str]:
+    """What a bar shows of a result."""
+    return [f"{result.mean_passes_per_block:.2f}", *(_percent(share, 0) for share in _shares(result))]
+
+
 def unmasking(rows: Sequence[Row]) -> Figure | None:
     """In which pass the places of a block are decided, in the run with most blocks of several passes; and Kendall's
     tau of the runs that have such blocks."""
@@ -180,8 +200,9 @@ def unmasking(rows: Sequence[Row]) -> Figure | None:
     if not ordered:
         return None
     top = max(ordered, key=lambda row: (row.result.ordered_blocks, row.result.mean_passes_per_block))
+    tau = top.result.tau or 0.0
     title = (
-        f"{_capital(top.label)}: blocks fill {_order_in_words(top.result.tau)} (Kendall's tau {top.result.tau:.2f}, "
+        f"{_capital(top.label)}: blocks fill {_order_in_words(tau)} (Kendall's tau {tau:.2f}, "
         f"{top.result.ordered_blocks:,} blocks)"
     )
     shown = _grouped(ordered, lambda result: (result.tau, result.ordered_blocks))
@@ -225,30 +246,23 @@ def agreement(rows: Sequence[Row]) -> Figure | None:
     shown = [row for row in _distinct(_whole(rows)) if row.result.drafts]
     if not shown:
         return None
-    rates = {row.label: [agreed / tried for agreed, tried in row.result.agreement if tried] for row in shown}
-    first = rates[shown[0].label]
+    groups = _grouped(shown, lambda result: result.agreement)
+    rates = {label: [agreed / tried for agreed, tried in one.agreement if tried] for label, one in groups.items()}
+    label, first = next(iter(rates.items()))
     lowest = min(range(len(first)), key=first.__getitem__)
-    title = (
-        f"{_percent(first[0])} of the drafts' first tokens are AR's, {_percent(first[lowest])} in place {lowest + 1}"
-    )
-    figure, axes = _figure(7.6, 4.2, f"{title} ({shown[0].label})")
-    points, texts, colors = [], [], []
+    title = f"At every place of a draft {_percent(first[lowest])} of the tokens and more are AR's ({label})"
+    figure, axes = _figure(7.6, 4.2, title)
     for number, (label, of_place) in enumerate(rates.items()):
-        color = COLORS[number % len(COLORS)]
-        axes.plot(range(1, len(of_place) + 1), of_place, marker=MARKERS[number % len(MARKERS)], color=color,
-                  linewidth=1.2, markersize=5)  # fmt: skip
-        points.append((len(of_place), of_place[-1]))
-        texts.append(label)
-        colors.append(color)
+        axes.plot(range(1, len(of_place) + 1), of_place, marker=MARKERS[number % len(MARKERS)], markersize=5,
+                  color=COLORS[number % len(COLORS)], linewidth=1.2, label=label)  # fmt: skip
     everything = [rate for of_place in rates.values() for rate in of_place]
     _set_percent(axes, min(everything), max(everything))
-    width = max(map(len, rates.values()))
-    axes.set_xlim(0.5, width * 1.3)
-    axes.set_xticks(_ticks(width))
+    axes.set_xticks(_ticks(max(map(len, rates.values()))))
     axes.grid(alpha=0.25)
-    axes.set_xlabel("place of the token in its draft")
+    tried = [count for _, count in shown[0].result.agreement if count]
+    axes.set_xlabel(f"place of the token in its draft ({tried[0]:,} drafts at place 1, {tried[-1]:,} at the last)")
     axes.set_ylabel("equal to AR's token, all before it equal")
-    place_labels(axes, points, texts, colors)
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -266,7 +280,7 @@ def ablations(rows: Sequence[Row]) -> Figure | None:
     figure, axes = _figure(7.6, 1.2 + 0.38 * len(shown), title)
     for place, row in enumerate(shown):
         axes.barh(place, row.result.accuracy, color=COLORS[1] if row.is_ablated else COLORS[0], height=0.68)
-        words = f"{_percent(row.result.accuracy)}, {row.result.mean_passes_per_block:.1f} passes a block"
+        words = f"{_percent(row.result.accuracy)}, {row.result.mean_passes_per_block:.2f} passes a block"
         inside = row.result.accuracy > 0.5
         axes.annotate(
             words, (row.result.accuracy, place), (-5 if inside else 5, 0), textcoords="offset points", fontsize=9,
@@ -286,11 +300,12 @@ def _whole(rows: Sequence[Row]) -> list[Row]:
 
 def _set_percent(axes: Axes, low: float, high: float) -> None:
     """A vertical axis of shares from ``low`` to ``high`` with some room, and no mark above 100 %."""
-    room = max(0.004, 0.3 * (high - low))
-    axes.set_ylim(low - room, high + room)
-    marks = [mark for mark in axes.get_yticks() if low - room <= mark <= min(1.0, high + room)]
+    room = max(0.002, 0.3 * (high - low))
+    low, high = low - room, min(high + room, 1 + room / 2)
+    axes.set_ylim(low, high)
+    marks = [mark for mark in axes.get_yticks() if low <= mark <= min(1.0, high)]
     axes.set_yticks(marks)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1 if high - low < 0.08 else 0, symbol=" %"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1 if high - low < 0.1 else 0, symbol=" %"))
 
 
 def _distinct(rows: Sequence[Row]) -> list[Row]:

@@ -14,6 +14,9 @@ from matplotlib.transforms import Bbox
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.transforms import Transform
 
 _DISTANCES = (8, 12, 18, 26, 36, 48, 62, 78, 96, 120)
 """In points, the nearest first."""
@@ -26,13 +29,12 @@ _NEAR = 12
 
 
 def place_labels(
-    axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str], colors: Sequence[str], size: float = 9
+    figure: Figure, axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str], color: str
 ) -> None:
-    """Annotates points (in data coordinates); labels of one colour whose points lie on each other are one.
+    """Annotates points (in data coordinates); labels whose points lie on each other are one.
 
     Call it last: neither the limits nor the layout may change afterwards.
     """
-    figure = axes.get_figure()
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     scale, inside = figure.dpi / 72, axes.get_window_extent()
@@ -42,10 +44,10 @@ def place_labels(
     others = [_around(point, scale) for line in axes.lines for point in _sampled(line.get_transform(), line)]
     for dots in axes.collections:
         others += [_around(point, 3 * scale) for point in dots.get_offset_transform().transform(dots.get_offsets())]
-    for (x, y), text, color in _merged(pixels, texts, colors, _MARKER * scale):
+    for (x, y), text in _merged(pixels, texts, _MARKER * scale):
         label = axes.annotate(
-            text, axes.transData.inverted().transform((x, y)), (0, 0), textcoords="offset points",
-            fontsize=size, color=color, va="center", ha="center",
+            text, tuple(axes.transData.inverted().transform((x, y))), (0, 0), textcoords="offset points",
+            fontsize=9, color=color, va="center", ha="center",
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.6, "shrinkB": 3},
         )  # fmt: skip
         extent = Text.get_window_extent(label)
@@ -67,7 +69,8 @@ def place_labels(
         if best is None:
             continue
         label.set_position(best[:2])
-        label.arrow_patch.set_visible(best[3] > _NEAR)
+        if label.arrow_patch is not None:
+            label.arrow_patch.set_visible(best[3] > _NEAR)
         fixed.append(best[2].padded(scale))
 
 
@@ -79,25 +82,23 @@ def _around(point: np.ndarray, radius: float) -> Bbox:
     return Bbox.from_extents(*(point - radius), *(point + radius))
 
 
-def _sampled(transform, line) -> np.ndarray:
+def _sampled(transform: Transform, line: Line2D) -> np.ndarray:
     """Points along a line, in pixels."""
     corners = transform.transform(line.get_xydata())
     parts = [np.linspace(a, b, 60) for a, b in zip(corners[:-1], corners[1:], strict=True)]
     return np.concatenate(parts) if parts else corners
 
 
-def _merged(
-    pixels: np.ndarray, texts: Sequence[str], colors: Sequence[str], radius: float
-) -> list[tuple[tuple[float, float], str, str]]:
-    """Points, texts and colours, where points of one colour that hide each other are one."""
-    found: list[tuple[np.ndarray, list[str], str]] = []
-    for point, text, color in zip(pixels, texts, colors, strict=True):
-        near = next((one for one in found if one[2] == color and np.abs(one[0] - point).max() < radius), None)
+def _merged(pixels: np.ndarray, texts: Sequence[str], radius: float) -> list[tuple[tuple[float, float], str]]:
+    """Points and texts, where points that hide each other are one."""
+    found: list[tuple[np.ndarray, list[str]]] = []
+    for point, text in zip(pixels, texts, strict=True):
+        near = next((one for one in found if np.abs(one[0] - point).max() < radius), None)
         if near is None:
-            found.append((point, [text], color))
+            found.append((point, [text]))
         elif text not in near[1]:
             near[1].append(text)
-    return [(tuple(point), fill(merged_label(words), _LINE), color) for point, words, color in found]
+    return [((float(x), float(y)), fill(merged_label(words), _LINE)) for (x, y), words in found]
 
 
 def without_common_start(labels: Sequence[str]) -> list[str]:
@@ -107,11 +108,15 @@ def without_common_start(labels: Sequence[str]) -> list[str]:
 
 
 def merged_label(labels: Sequence[str]) -> str:
-    """One label for several, with the words that all begin or end with said once."""
+    """One label for several, with the words that all begin or end with said once; it is not broken within the rest."""
+    if len(labels) == 1:
+        return labels[0]
     words = [label.split(" ") for label in labels]
     first = _common(words)
     last = _common([one[first:][::-1] for one in words])
-    rest = [" ".join(one[first : len(one) - last]) for one in words]
+    if any(one[len(one) - last - 1].endswith(",") for one in words):
+        last = 0
+    rest = ["\N{NO-BREAK SPACE}".join(one[first : len(one) - last]) for one in words]
     middle = ("; " if any("," in one for one in rest) else ", ").join(rest)
     return " ".join(filter(None, (*words[0][:first], middle, *words[0][len(words[0]) - last :])))
 

@@ -50,14 +50,14 @@ class Result:
         return sum(self.passes_per_block.values())
 
     @property
-    def mean_passes_per_block(self) -> float | None:
-        """None without blocks."""
-        return sum(n * count for n, count in self.passes_per_block.items()) / self.blocks if self.blocks else None
+    def mean_passes_per_block(self) -> float:
+        """0 without blocks."""
+        return sum(n * count for n, count in self.passes_per_block.items()) / max(1, self.blocks)
 
     @property
-    def accepted_per_draft(self) -> float | None:
-        """None without drafts."""
-        return self.accepted / self.drafts if self.drafts else None
+    def accepted_per_draft(self) -> float:
+        """0 without drafts."""
+        return self.accepted / max(1, self.drafts)
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Result:
@@ -82,16 +82,18 @@ def order_of_unmasking(decided_in: Sequence[int]) -> float | None:
 
 def measure(tasks: Sequence[Task], answers: Sequence[Answer]) -> Result:
     """Of answers to all tasks, in their order."""
-    right, asked = Counter(), Counter(task.family for task in tasks)
+    right: Counter[str] = Counter()
+    asked = Counter(task.family for task in tasks)
     passes_per_block: Counter[int] = Counter()
     unmasking: Counter[tuple[int, int]] = Counter()
-    agreed, tried = Counter(), Counter()
-    taus, drafts, accepted = [], 0, 0
+    agreed: Counter[int] = Counter()
+    tried: Counter[int] = Counter()
+    taus: list[float] = []
+    drafts = accepted = 0
     for task, answer in zip(tasks, answers, strict=True):
         right[task.family] += answer.right
         for block in answer.blocks:
             passes_per_block[block["passes"]] += 1
-            decided = answer.decided_in[block["start"] : block["start"] + block["tokens"]]
             if "drafted" in block:
                 drafts, accepted = drafts + 1, accepted + block["accepted"]
                 # The engine does not compare the token that ends a text.
@@ -99,9 +101,11 @@ def measure(tasks: Sequence[Task], answers: Sequence[Answer]) -> Result:
                 agreed.update(range(min(block["accepted"], block["tokens"])))
                 tried.update(range(min(compared, block["tokens"])))
             else:
+                of_block = answer.decided_in[block["start"] : block["start"] + block["tokens"]]
+                decided = [number for number in of_block if number is not None]  # in a block that is not verified, all
                 unmasking.update(zip(decided, range(len(decided)), strict=True))
-                taus.append(order_of_unmasking(decided))
-    taus = [tau for tau in taus if tau is not None]
+                if (tau := order_of_unmasking(decided)) is not None:
+                    taus.append(tau)
     most, width = (max(found, default=-1) + 1 for found in ([n - 1 for n, _ in unmasking], [i for _, i in unmasking]))
     return Result(
         problems=len(tasks),

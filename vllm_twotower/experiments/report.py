@@ -42,16 +42,16 @@ def _table(rows: Sequence[Row], ar: Result | None, identical: Mapping[str, int])
         "of AR": [f"{row.result.accuracy / ar.accuracy:.1%}" if ar and ar.right else "" for row in rows],
         "texts as AR's": [str(identical.get(row.key, "")) for row in rows],
         "tokens per pass": [f"{row.result.tokens_per_pass:.2f}" for row in rows],
-        "passes a block": [_number(row.result.mean_passes_per_block) for row in rows],
+        "passes a block": [_number(row.result.mean_passes_per_block, row.result.blocks) for row in rows],
         "Kendall's tau (blocks)": [
             "" if row.result.tau is None else f"{row.result.tau:.2f} ({row.result.ordered_blocks})" for row in rows
         ],
-        "accepted a draft": [_number(row.result.accepted_per_draft) for row in rows],
+        "accepted a draft": [_number(row.result.accepted_per_draft, row.result.drafts) for row in rows],
     }
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return lines + [f"| {' | '.join(cells)} |" for cells in zip(*columns.values(), strict=True)]
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _number(mean: float, count: int) -> str:
+    return f"{mean:.2f}" if count else ""

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from vllm_twotower.progress import progress_bar
 from vllm_twotower.training.config import DataConfig, SourceConfig, SpecialTokens, TrainConfigError
 from vllm_twotower.training.problems import draw_training_problem
 from vllm_twotower.training.stdlib_text import draw_piece, library_prose, library_sources
@@ -84,12 +85,15 @@ def _write(config: DataConfig, seed: int, tokenizer: Tokenizer, special: Special
     dtype = "<u2" if tokenizer.get_vocab_size() <= 1 << 16 else "<u4"
     rows: list[tuple[int, int, int]] = []
     length = 0
-    with (folder / "tokens.bin").open("wb") as file:
+    counts = [source.documents for source in config.sources]
+    total = sum(counts) if all(counts) else None
+    with (folder / "tokens.bin").open("wb") as file, progress_bar("making the data", total, "documents") as bar:
         for index, source in enumerate(config.sources):
             for tokens, answer_start in _tokenised(source_texts(source, seed), tokenizer, config.sequence_length - 2):
                 file.write(np.array([special.bos, *tokens, special.eos], dtype).tobytes())
                 rows.append((length, 1 + answer_start, index))
                 length += len(tokens) + 2
+                bar.update()
     if not rows:
         raise TrainConfigError("data.sources has no document")
     np.save(folder / "documents.npy", np.array(rows, np.int64))

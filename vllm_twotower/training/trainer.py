@@ -90,6 +90,8 @@ def run_stage(model: TwoTowerModel, stage: Stage, config: TrainConfig, run_dir: 
     workers = min(config.data_workers, (os.cpu_count() or 1) - 1)
     batches = DataLoader(_Batches(stage), batch_size=None, sampler=steps, num_workers=workers)
     with _progress_bar(stage, progress) as bar:
+        if loss_function is not stage.loss and rank() == 0:
+            bar.write(f"{stage.name}: the first step compiles the loss, which takes minutes", file=sys.stderr)
         for step, batch in zip(steps, batches, strict=True):
             recent.append(_train_step(model, stage, loss_function, optimizer, batch, step, config.bf16_autocast))
             progress.step = step + 1
