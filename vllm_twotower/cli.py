@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": ("accuracy and speed on held-out problems, sweeps, likelihoods", "evaluation.cli"),
     "experiment": ("sweeps and ablations from a YAML file, with plots", "experiments.cli"),
     "ray-up": ("start a local Ray cluster for tensor parallelism on CPUs", "ray_cluster"),
+    "watch": ("show blocks being filled: in the terminal, on a page, as a moving picture", "watch.cli"),
     "train": ("train a TwoTower from a YAML file", "training.cli"),
 }
 
