@@ -23,6 +23,8 @@ BAD_OPTIONS: list[tuple[str, Any]] = [
     ("diffusion_adaptive_unmasking", 2),
     ("diffusion_adaptive_unmasking", "yes"),
     ("diffusion_remasking", "unheard_of"),
+    ("diffusion_trace", "unheard_of"),
+    ("diffusion_trace", True),
     ("diffusion_mode", "unheard_of"),
     ("diffusion_mode", ["ar"]),
     ("diffusion_foo", 1),

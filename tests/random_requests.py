@@ -8,6 +8,8 @@ from typing import Any
 
 from vllm import SamplingParams
 
+from vllm_twotower.trace import LEVELS
+
 VOCABULARY = 320
 
 
@@ -86,7 +88,7 @@ def draw_rules(rng: random.Random) -> dict[str, Any]:
 
 
 def draw_request(rng: random.Random, max_tokens: int = 40) -> RandomRequest:
-    """A request with a mode, a temperature or none, filters, rules, stops, and log-probabilities now and then.
+    """A request with a mode, a temperature or none, filters, rules, stops, and at times log-probabilities or a trace.
 
     It has a seed if it needs one, so that it has one right answer.
     """
@@ -109,4 +111,6 @@ def draw_request(rng: random.Random, max_tokens: int = 40) -> RandomRequest:
         options["logprobs"] = rng.randint(0, 5)
     if rng.random() < 0.15:
         options["prompt_logprobs"] = rng.randint(0, 3)
+    if rng.random() < 0.2:
+        extra["diffusion_trace"] = rng.choice(LEVELS)
     return RandomRequest(draw_prompt(rng), options)

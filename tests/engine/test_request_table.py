@@ -182,6 +182,13 @@ def check_stream(asker: Asker) -> None:
     assert asker.mode in VERIFIED or [len(piece) for piece in pieces] == [16, 16, 8]
 
 
+def check_trace(asker: Asker) -> None:
+    tokens = asker.tokens(**FREE)
+    [completion] = asker.ask(**FREE, extra_args={"diffusion_trace": "passes"}).outputs
+    assert list(completion.token_ids) == tokens
+    assert len(completion.diffusion_trace) == len(tokens)
+
+
 def block_option(
     name: str,
     meaning: str,
@@ -295,6 +302,11 @@ OPTIONS = (
         "of `predict_and_noise`: predictions are ranked by `confidence`, `margin`, or at `random`",
         "random",
         {"diffusion_strategy": "predict_and_noise", "diffusion_max_steps": 5},
+    ),
+    Option(
+        "diffusion_trace",
+        "`none`, `tokens` or `passes`: what was decided of each token, when and how surely, see [traces.md](traces.md)",
+        check_trace,
     ),
 )
 
