@@ -63,7 +63,7 @@ $(STAMP): $(LOCK) pyproject.toml packaging/vllm-alias/pyproject.toml
 	@touch $@
 
 demo: setup  ## generate with the tiny model, AR against diffusion
-	$(RUN) vllm-twotower demo
+	@$(RUN) vllm-twotower demo
 
 serve: setup  ## serve the tiny model over HTTP (MODEL=, CONFIG=, THREADS=)
 	$(RUN) $(THREADING) vllm serve $(MODEL) --config $(CONFIG)

@@ -83,7 +83,8 @@ def expected(
         adaptive_unmasking=given.pop("diffusion_adaptive_unmasking", False),
         remasking=given.pop("diffusion_remasking", "confidence"),
     )
-    given.pop("diffusion_draft_steps", None)  # of drafts that leave no trace
+    for name in ("diffusion_draft_steps", "diffusion_trace"):  # which change no token
+        given.pop(name, None)
     if given:
         raise ValueError(f"unknown options {sorted(given)}")
     if params.seed is not None:

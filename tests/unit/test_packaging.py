@@ -98,6 +98,10 @@ def test_wheel_holds_the_embedded_model(wheel):
     assert all(archive.read(name) == path.read_bytes() for name, path in on_disk.items())
 
 
+def test_wheel_holds_the_page_of_watch(wheel):
+    assert "vllm_twotower/watch/page.html" in zipfile.ZipFile(wheel).namelist()
+
+
 def test_the_page_of_the_package_is_not_empty(wheel):
     archive = zipfile.ZipFile(wheel)
     [metadata] = [name for name in archive.namelist() if name.endswith("/METADATA")]
@@ -150,7 +154,11 @@ def test_model_path_is_a_folder_of_the_installation(installed, tmp_path):
 def test_demo_runs_in_an_empty_folder(installed, tmp_path):
     printed = vllm_twotower(installed, "demo", cwd=tmp_path)
     assert "The answer is" in printed
-    assert "texts are exactly the autoregressive ones" in printed
+    assert printed.startswith("The engine starts; its log is in ")
+    assert "texts are exactly those of ar" in printed
+    assert printed.splitlines()[-1].startswith("This run has shown: mask diffusion answers ")
+    foreign = [line for line in printed.splitlines() if re.match(r"\(|\[|WARN|INFO|Loading|.*(WARNING|INFO) ", line)]
+    assert foreign == []
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,6 +10,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_twotower.arguments import number, whole_number
 from vllm_twotower.parallel import TENSOR_PARALLEL_SIZES, check_tensor_parallel_size, tensor_parallel_obstacle
 
 from .accepted_tokens import AcceptedTokens, expected_accepted
@@ -27,22 +28,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 STATE_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def _positive(kind: type, what: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {what} above 0")
-        return value
-
-    return parse
-
-
-_whole, _number = _positive(int, "whole number"), _positive(float, "number")
 
 
 def _not_negative(text: str) -> float:
@@ -89,7 +74,7 @@ def _steps_per_block(text: str) -> StepsPerBlock:
 
 
 def _threshold(text: str) -> float:
-    value = _number(text)
+    value = number(text)
     try:
         steps_of_text("open", value)
     except ValueError as error:
@@ -101,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add = parser.add_argument
     add("--model", type=_model, default="released", help="checkpoint folder, or 'released' (default) for NVIDIA's 30B")
-    add("--recommend", type=_whole, metavar="OPEN", help="say in words how to serve so many open requests")
+    add("--recommend", type=whole_number, metavar="OPEN", help="say in words how to serve so many open requests")
     add("--calibration", action="store_true", help="compare the formulas with the times that others have published")
     add("--text", choices=MEAN_PASSES, default="open", help="kind of text, which decides the denoiser passes a block "
         "takes: arithmetic problems, their answers alone, HumanEval, open prompts (default)")  # fmt: skip
@@ -111,28 +96,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of those of --text: a mean, or what a server's /metrics returned")  # fmt: skip
     add("--accepted", type=_not_negative, metavar="TOKENS", help="of a draft in mode verified, on average (default: as "
         "many as a denoiser pass commits)")  # fmt: skip
-    add("--draft-steps", type=_whole, default=1, metavar="N", help="denoiser passes of a draft (default: 1)")
-    add("--batch-sizes", type=_whole, nargs="+", default=[1, 8, 16, 32, 64, 128, 256, 512], metavar="N",
+    add("--draft-steps", type=whole_number, default=1, metavar="N", help="denoiser passes of a draft (default: 1)")
+    add("--batch-sizes", type=whole_number, nargs="+", default=[1, 8, 16, 32, 64, 128, 256, 512], metavar="N",
         help="numbers of open requests (default: 1 8 16 ... 512)")  # fmt: skip
-    add("--context", type=_whole, default=1024, metavar="TOKENS", help="of each request (default: %(default)s)")
-    add("--prompt-tokens", type=_whole, default=0, metavar="N", help="of a new prompt that is read for every "
+    add("--context", type=whole_number, default=1024, metavar="TOKENS", help="of each request (default: %(default)s)")
+    add("--prompt-tokens", type=whole_number, default=0, metavar="N", help="of a new prompt that is read for every "
         "--output-tokens tokens (default: no request ends)")  # fmt: skip
-    add("--output-tokens", type=_whole, default=inf, metavar="N", help="that a request generates (default: no end)")
+    add(
+        "--output-tokens",
+        type=whole_number,
+        default=inf,
+        metavar="N",
+        help="that a request generates (default: no end)",
+    )
     _add_hardware(parser)
 
 
 def _add_hardware(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--hardware", choices=DEVICES, default="H200", help="a known card (default: %(default)s)")
-    add("--tensor-parallel-size", type=_whole, default=1, metavar="N", help="cards that share a model (default: 1)")
+    add(
+        "--tensor-parallel-size",
+        type=whole_number,
+        default=1,
+        metavar="N",
+        help="cards that share a model (default: 1)",
+    )
     add("--dtype", choices=DTYPES, default="bfloat16", help="of activations, KV cache and weights (default: bfloat16)")
     add("--experts-dtype", choices=WEIGHT_BYTES, help="of the weights of routed experts, if another")
     add("--linear-dtype", choices=WEIGHT_BYTES, help="of the weights of other layers, if another; not of embeddings "
         "and head")  # fmt: skip
-    add("--bandwidth", type=_number, metavar="GB/S", help="memory bandwidth, instead of the card's")
-    add("--flops", type=_number, metavar="TFLOP/S", help="rate of dense matrix products, instead of the card's")
-    add("--memory", type=_number, metavar="GB", help="memory of a card, instead of its own")
-    add("--link-bandwidth", type=_number, metavar="GB/S", help="between cards, one direction, instead of the card's")
+    add("--bandwidth", type=number, metavar="GB/S", help="memory bandwidth, instead of the card's")
+    add("--flops", type=number, metavar="TFLOP/S", help="rate of dense matrix products, instead of the card's")
+    add("--memory", type=number, metavar="GB", help="memory of a card, instead of its own")
+    add("--link-bandwidth", type=number, metavar="GB/S", help="between cards, one direction, instead of the card's")
     add("--step-overhead", type=_not_negative, metavar="MS", default=0.0, help="of an engine step (default: 0)")
     add("--pass-overhead", type=_not_negative, metavar="MS", default=0.0, help="of a tower pass (default: 0)")
     add("--json", action="store_true", help="print JSON instead of text; seconds, bytes, FLOP")
