@@ -114,3 +114,8 @@ def test_ctrl_c_in_a_narrow_terminal_leaves_it_clean() -> None:
         assert terminal.wait() == 130
         assert_left_clean(terminal)
         assert "\x1b[2J" not in terminal.output, "what stood in the terminal before stays"
+
+
+def test_a_model_without_a_denoiser_is_named() -> None:
+    with running_engine(embedded_model(), {"towers": "context"}) as llm, pytest.raises(WatchError, match="denoiser"):
+        next(OfflineSource(llm, "tiny").chunks(EASY, {"diffusion_mode": "mask_diffusion", TRACE: "passes"}))

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
         with ExitStack() as stack:
             # Ctrl-C ends the command as it does in a shell, also where it was started to ignore it.
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
             _watch(args, stack)
     except WatchError as error:
         _fail(str(error))
@@ -102,10 +103,12 @@ def _watch(args: argparse.Namespace, stack: ExitStack) -> None:
             moments = (moment for moment in timeline(recording, rival))
     with closing(moments):
         (_show_plain if plain else _show)(recording, rival, moments, delay)
-    if args.html:
-        args.html.write_text(page(recording, rival), encoding="utf-8")
-    if args.svg:
-        args.svg.write_text(picture(recording, rival), encoding="utf-8")
+    for path, make in ((args.html, page), (args.svg, picture)):
+        if path:
+            try:
+                path.write_text(make(recording, rival), encoding="utf-8")
+            except OSError as error:
+                raise WatchError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _notice(text: str, plain: bool) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import queue
@@ -9,8 +10,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vllm_twotower.watch.recording import Chunk
 
 Chunks = Generator[Chunk, None, None]
 SECONDS_TO_ANSWER = 600
-SECONDS_TO_STOP = 30
+SECONDS_TO_STOP = 3
 
 
 class WatchError(Exception):
@@ -90,13 +91,12 @@ class ServerSource(Source):
             self._url = f"http://{self._url}"
         self.model = model or ""
         if not model:
-            served = json.loads(self._ask("/v1/models").read())["data"]
-            self.model = served[0]["id"]
+            self.model = self._found("/v1/models", None, lambda found: found["data"][0]["id"])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """See :class:`Source`."""
-        answer = self._ask("/detokenize", {"model": self.model, "tokens": list(token_ids)})
-        return json.loads(answer.read())["prompt"]
+        body = {"model": self.model, "tokens": list(token_ids)}
+        return self._found("/detokenize", body, lambda found: found["prompt"])
 
     def chunks(self, prompt: str, options: dict[str, Any], **sampling: Any) -> Chunks:
         """See :class:`Source`."""
@@ -104,10 +104,12 @@ class ServerSource(Source):
         start = time.perf_counter()
         # The server aborts a request whose connection is closed.
         with self._ask("/v1/completions", body | {"vllm_xargs": options}) as answer:
-            for line in answer:
-                data = line.decode().removeprefix("data: ").strip()
-                if not data or data == "[DONE]":
+            for line in self._lines(answer):
+                kind, _, data = line.decode().strip().partition(": ")
+                if kind != "data":
                     continue
+                if data == "[DONE]":
+                    return
                 event = json.loads(data)
                 if "error" in event:
                     raise WatchError(f"the server reports an error: {_message(event)}")
@@ -116,6 +118,22 @@ class ServerSource(Source):
                         trace = choice.get(TRACE)
                         found = _found(trace and DiffusionTrace.from_json(trace))
                         yield Chunk(time.perf_counter() - start, token_ids, found)
+        raise WatchError(f"{self._url} broke off")
+
+    def _found(self, path: str, body: dict[str, Any] | None, part: Callable[[Any], str]) -> str:
+        """A part of an answer in JSON."""
+        with self._ask(path, body) as answer:
+            text = b"".join(self._lines(answer))
+        try:
+            return part(json.loads(text))
+        except (ValueError, LookupError, TypeError):
+            raise WatchError(f"{self._url}{path} answers, but not as vLLM does") from None
+
+    def _lines(self, answer: Any) -> Iterator[bytes]:
+        try:
+            yield from answer
+        except (OSError, http.client.HTTPException) as error:
+            raise WatchError(f"{self._url} broke off: {error or type(error).__name__}") from None
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -128,7 +146,7 @@ class ServerSource(Source):
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")
             raise WatchError(f"{self._url}{path} answers with HTTP {error.code}: {_message(text)}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise WatchError(f"{self._url} does not answer: {reason}") from None
 
@@ -160,7 +178,12 @@ def offline_source(model: Path) -> Iterator[OfflineSource]:
 
     # Without a size the cache of an embedded model would be gigabytes.
     options: dict[str, Any] = {"kv_cache_memory_bytes": 64 << 20} if model == embedded_model() else {}
-    with small_engine(model, max_num_seqs=2, use_tqdm_on_load=False, **options) as llm:
+    with ExitStack() as stack:
+        try:
+            engine = small_engine(model, max_num_seqs=2, use_tqdm_on_load=False, **options)
+            llm = stack.enter_context(engine)
+        except ValueError as error:
+            raise WatchError(f"the engine does not start: {error}") from None
         yield OfflineSource(llm, model.resolve().name)
 
 
