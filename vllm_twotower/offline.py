@@ -33,24 +33,32 @@ def fastest_dtype() -> str:
     return "float32"
 
 
-@contextmanager
-def small_engine(model: Path, **options: Any) -> Iterator[LLM]:
-    """An engine for a small model, on one thread and with statistics, that ends with the block.
+def use_one_thread() -> None:
+    """For small models, before torch is imported: they gain nothing from more threads, and lose where cores are shared.
 
-    A tiny model gains nothing from more threads, and loses much where the cores are shared.
+    An engine's process can then be forked, which spares it vLLM's imports.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def small_engine_options(**options: Any) -> dict[str, Any]:
+    """Arguments of vLLM's ``LLM`` for a small model, with statistics."""
+    return {"dtype": fastest_dtype(), "max_model_len": 1024, "disable_log_stats": False, **options}
+
+
+@contextmanager
+def small_engine(model: Path, **options: Any) -> Iterator[LLM]:
+    """An engine for a small model, on one thread, that ends with the block."""
+    use_one_thread()
     import torch
 
     if torch.get_num_threads() == 1:  # else OpenMP has threads, which a forked process lacks
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     from vllm import LLM
 
-    llm = LLM(
-        model=str(model), **{"dtype": fastest_dtype(), "max_model_len": 1024, "disable_log_stats": False, **options}
-    )
+    llm = LLM(model=str(model), **small_engine_options(**options))
     try:
         yield llm
     finally:

@@ -12,6 +12,8 @@ from engines import assert_idle, generate, running_engine, tokens_of
 from random_requests import draw_prompt
 from vllm import EngineArgs, SamplingParams
 
+from vllm_twotower.experiments.cli import check_engines
+from vllm_twotower.experiments.runs import Run, Workload, ablation_label
 from vllm_twotower.reference import TwoTowerModel, generate_ar, generate_mask_diffusion
 
 DEV_MODE = "VLLM_SERVER_DEV_MODE"
@@ -96,3 +98,17 @@ def test_bad_values_are_named(checkpoint: str, ablation: Any, words: tuple[str, 
     with pytest.raises(ValueError) as error:
         config(ablation, checkpoint)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ({"max_num_seq": 4}, "the engine of sweep 'all', as trained: .*max_num_seq"),
+        ({}, r"the engine of sweep 'all', experts a token: 9: .*ablation.experts_per_token=9: .*from 1 to 4"),
+    ],
+)
+def test_an_experiment_looks_at_all_engines_before_the_first(engine: dict[str, Any], words: str, developer: None):
+    workload = Workload(str(golden_data.checkpoint("A")), [])
+    ablations = ({}, {"experts_per_token": 9})
+    with pytest.raises(ValueError, match=words):
+        check_engines([Run(workload, "all", ablation_label(one), {"ablation": one}, engine) for one in ablations])

@@ -22,7 +22,7 @@ from vllm_twotower.experiments.measures import Result
 from vllm_twotower.experiments.runs import Engines, Run, Workload, run_all, running_engines
 from vllm_twotower.experiments.store import Store, key_of
 from vllm_twotower.experiments.tasks import Task
-from vllm_twotower.offline import fastest_dtype
+from vllm_twotower.offline import fastest_dtype, use_one_thread
 from vllm_twotower.training.problems import Problem
 
 AR = {"mode": "ar"}
@@ -50,12 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--likelihood-problems", type=int, default=200, help="for likelihoods and ablations")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--max-num-seqs", type=int, default=64)
-    parser.add_argument("--dtype", default=fastest_dtype(), help="default: %(default)s")
+    parser.add_argument("--dtype", help="default: bfloat16 where the machine has instructions for it, else float32")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    use_one_thread()
+    args.dtype = args.dtype or fastest_dtype()
     to_choose, to_report = held_out_problems(args.problems, args.seed)
     results: dict[str, Any] = {
         "model": args.model.name,

@@ -12,8 +12,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from vllm_twotower.training.config import TrainConfigError
+from pydantic import ValidationError
+
+from vllm_twotower.offline import small_engine_options, use_one_thread
 
 from .measures import Result
 from .runs import Run, run_all, running_engines
@@ -29,16 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    use_one_thread()
     from .figures import draw_all
     from .report import markdown
     from .schema import load_experiment
 
     try:
         experiment = load_experiment(args.file)
-    except (OSError, TrainConfigError, ValueError) as error:
+        runs, workload = experiment.runs, experiment.workload
+        allow_ablations(runs)
+        check_engines(runs)
+    except (OSError, ValueError) as error:
         raise SystemExit(f"vllm-twotower experiment: {args.file}: {error}") from None
-    runs, workload = experiment.runs, experiment.workload
-    allow_ablations(runs)
     store = Store(experiment.output)
     with goes_on(store.folder), running_engines(workload.model) as engines:
         results = run_all(runs, store, engines)
@@ -58,6 +63,21 @@ def allow_ablations(runs: Sequence[Run]) -> None:
     """Sets vLLM's switch for developers where a run needs it; an engine reads it when it is made."""
     if any(run.chosen.get("ablation") for run in runs):
         os.environ[DEV_MODE] = "1"
+
+
+def check_engines(runs: Sequence[Run]) -> None:
+    """Raises ValueError for the first engine that vLLM would not make, before any is made."""
+    from vllm import EngineArgs
+
+    checked: list[Mapping[str, Any]] = []
+    for run in runs:
+        if run.engine_options not in checked:
+            checked.append(run.engine_options)
+            try:
+                EngineArgs(run.workload.model, **small_engine_options(**run.engine_options)).create_engine_config()
+            except (TypeError, ValueError) as error:
+                found = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+                raise ValueError(f"the engine of sweep {run.sweep!r}, {run.label}: {found}") from None
 
 
 @contextmanager
