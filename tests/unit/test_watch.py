@@ -349,6 +349,15 @@ def test_the_picture_is_small_and_valid(make) -> None:
     assert "href" not in text
 
 
+def test_colours_lie_below_texts() -> None:
+    """Also where a token's colour comes later than its text, as a draft's does."""
+    groups = [element for element in ET.fromstring(picture(drafts())) if element.tag.endswith("}g")]
+    has_text = [any(child.tag.endswith("}text") for child in group) for group in groups]
+    assert has_text == sorted(has_text)
+    has_colour = [any(child.get("fill") for child in group) for group in groups]
+    assert not any(text and colour for text, colour in zip(has_text, has_colour, strict=True))
+
+
 def test_a_picture_holds_any_text() -> None:
     root = ET.fromstring(picture(two_blocks(HOSTILE)))
     assert not [element for element in root.iter() if "script" in element.tag]

@@ -73,22 +73,16 @@ def picture(recording: Recording, rival: Recording | None = None) -> str:
 
 
 def _document(name: str, height: int, fixed: list[str], drawn: Drawn, starts: list[float], length: float) -> str:
-    spans: dict[tuple[int, int], list[str]] = defaultdict(list)
+    spans: dict[tuple[bool, int, int], list[str]] = defaultdict(list)
     for element, places in drawn.items():
+        # Colours lie below texts and outlines, whichever came first.
+        is_above = "fill=" not in element
         for first, last in _runs(places):
-            spans[first, last].append(element)
-    style, groups = [STYLE], []
-    for (first, last), elements in sorted(spans.items(), key=lambda item: (item[0][0], -item[0][1])):
-        begin, end = (100 * starts[first] / length, 100 * starts[last] / length if last < len(starts) else 100)
-        seen = last == len(starts)
-        if first or not seen:
-            hidden = "0%{opacity:0}" if first else ""
-            after = "" if seen else f"{end:.3f}%{{opacity:0}}"
-            # Where nothing moves the last moment is seen.
-            style.append(f"@keyframes k{first}_{last}{{{hidden}{begin:.3f}%{{opacity:1}}{after}}}")
-            animation = f"animation:k{first}_{last} {length:.2f}s step-end infinite"
-            style.append(f".k{first}_{last}{{{'' if seen else 'opacity:0;'}{animation}}}")
-        groups.append(f'<g class="k{first}_{last}">{"".join(elements)}</g>')
+            spans[is_above, first, last].append(element)
+    groups = [
+        f'<g class="k{first}_{last}">{"".join(elements)}</g>' for (_, first, last), elements in sorted(spans.items())
+    ]
+    style = [STYLE, *(_animation(*span, starts, length) for span in sorted({span[1:] for span in spans}))]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'role="img"><title>{_clean(f"A completion being made, block by block: {name}")}</title>'
@@ -97,6 +91,20 @@ def _document(name: str, height: int, fixed: list[str], drawn: Drawn, starts: li
         '<rect width="6" height="6" fill="#d2d2da"/><rect width="3" height="6" fill="#bcbcc6"/></pattern></defs>'
         f'<rect x="1" y="1" width="{WIDTH - 2}" height="{height - 2}" rx="12" fill="#fff" stroke="#d0d0d8"/>'
         f"{''.join(fixed)}{''.join(groups)}</svg>\n"
+    )
+
+
+def _animation(first: int, last: int, starts: list[float], length: float) -> str:
+    """CSS that shows a group from one moment up to another; where nothing moves, if that is the last one."""
+    stays = last == len(starts)
+    if stays and not first:
+        return ""
+    before = "0%{opacity:0}" if first else ""
+    after = "" if stays else f"{100 * starts[last] / length:.3f}%{{opacity:0}}"
+    name = f"k{first}_{last}"
+    return (
+        f"@keyframes {name}{{{before}{100 * starts[first] / length:.3f}%{{opacity:1}}{after}}}"
+        f".{name}{{{'' if stays else 'opacity:0;'}animation:{name} {length:.2f}s step-end infinite}}"
     )
 
 
