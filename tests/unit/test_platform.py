@@ -129,7 +129,8 @@ def serve_commands() -> list[str]:
     for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
         for block in re.findall(r"^```\w*\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
             lines = block.replace("\\\n", " ").splitlines()
-            found += [re.sub("<[^>]*checkpoint>", TINY, line) for line in lines if "vllm serve " in line]
+            model = r"<[^>]*checkpoint>|\"\$\(vllm-twotower model-path\)\""
+            found += [re.sub(model, TINY, line) for line in lines if "vllm serve " in line]
     assert len(found) > 5
     return found
 
