@@ -107,7 +107,7 @@ def test_the_page_of_the_package_is_not_empty(wheel):
     [metadata] = [name for name in archive.namelist() if name.endswith("/METADATA")]
     page = email.message_from_bytes(archive.read(metadata))
     assert page["Description-Content-Type"] == "text/markdown"
-    assert page.get_payload() == (ROOT / "README.md").read_text()
+    assert page.get_payload(decode=True).decode() == (ROOT / "README.md").read_text()
     assert {link.partition(", ")[0] for link in page.get_all("Project-URL")} == {"Paper", "vLLM"}
     assert page.get_all("Classifier")
 

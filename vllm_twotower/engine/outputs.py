@@ -22,7 +22,9 @@ class TracedCompletionOutput(CompletionOutput):
     @classmethod
     def of(cls, output: CompletionOutput, of_request: DiffusionTrace, start: int) -> TracedCompletionOutput:
         """The output, whose first token is number ``start`` of the request's."""
-        return cls(**vars(output), _of_request=of_request, _start=start)
+        traced = cls.__new__(cls)
+        vars(traced).update(vars(output), _of_request=of_request, _start=start)
+        return traced
 
     @property
     def diffusion_trace(self) -> DiffusionTrace:

@@ -89,10 +89,13 @@ class TraceTable:
         """The numbers of some rows (n,) of a step."""
         slots, counts, is_draft = rows.slots[of_step], rows.num_new[of_step], rows.is_verified[of_step]
         is_canvas = ~(rows.is_ar[of_step] | is_draft)
-        decided_in = self._decided_in[slots]
+        most = int(counts.max())
+        decided_in = self._decided_in[slots, :most]
         decided_in[is_draft, :-1] = decided_in[is_draft, 1:]  # a draft begins with the token before it
         decided_in[np.arange(decided_in.shape[1]) >= np.where(is_canvas, counts, is_draft * (counts - 1))[:, None]] = 0
-        probabilities = np.where(is_canvas[:, None, None], self._of_canvas[slots], self._of_text[slots])
+        probabilities = np.where(
+            is_canvas[:, None, None], self._of_canvas[slots, :, :most], self._of_text[slots, :, :most]
+        )
         passes = np.where(is_canvas | is_draft, self._num_passes[slots], 0)
         drafted = np.where(is_draft, rows.room[of_step] - 1, _NO_DRAFT)
         columns = (slots, counts, passes, drafted, decided_in, probabilities.view(np.int32))
