@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -29,16 +29,16 @@ class _Lines:
 
 def progress_bar(what: str, total: int | None, unit: str, initial: int = 0) -> tqdm:
     """A bar on stderr; without a terminal plain lines, one in half a minute. ``total``: None where nobody knows it."""
+    options: dict[str, Any] = {"desc": what, "total": total, "initial": initial, "smoothing": 0}
     if sys.stderr.isatty():
-        return tqdm(desc=what, total=total, initial=initial, unit=f" {unit}", mininterval=0.5)
+        return tqdm(**options, unit=f" {unit}", mininterval=0.5)
     return tqdm(
-        desc=what,
-        total=total,
-        initial=initial,
+        **options,
         unit=unit,
         file=_Lines(sys.stderr),
         mininterval=SECONDS_BETWEEN_LINES,
-        miniters=1,
+        maxinterval=SECONDS_BETWEEN_LINES,  # a line also where nothing is done meanwhile
+        miniters=1 if total is None else max(1, min(16, total // 100)),  # so that the first line knows the time left
         bar_format="{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} gone, {remaining} left",
     )
 

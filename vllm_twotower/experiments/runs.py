@@ -186,7 +186,7 @@ def run_all(runs: Sequence[Run], store: Store, engines: Engines) -> dict[str, Re
     total = sum(len(run.workload.tasks) for run in open_runs)
     if not total:
         return results
-    with progress_bar("starting", total, "answers", sum(map(len, kept.values()))) as bar:
+    with progress_bar("starting an engine", total, "answers", sum(map(len, kept.values()))) as bar:
         for number, run in enumerate(open_runs, 1):
             what = f"{run.sweep}: {run.label} ({number} of {len(open_runs)})"
             bar.set_description_str(what, refresh=sys.stderr.isatty())
@@ -211,7 +211,6 @@ def _place_of_engine(runs: Sequence[Run]) -> Any:
 
 def _answer(run: Run, problems: Sequence[int], store: Store, engines: Engines, bar: tqdm) -> None:
     llm = engines.get(run.engine_options)
-    bar.unpause()  # an engine's start is no measure of the time left
     from vllm import SamplingParams
 
     workload = run.workload
@@ -231,12 +230,13 @@ def _answer(run: Run, problems: Sequence[int], store: Store, engines: Engines, b
     with store.appending(run.key) as answers:
         while llm.llm_engine.has_unfinished_requests():
             for output in llm.llm_engine.step():
-                if output.finished:
-                    problem = problem_of[output.request_id]
-                    [completion] = output.outputs
-                    trace = completion.diffusion_trace
-                    text = completion.text
-                    blocks = [block.to_json() for block in trace.blocks]
-                    is_right = workload.tasks[problem].is_right(text)
-                    answers.add(Answer(problem, text, is_right, trace.decided_in, blocks))
-                    bar.update()
+                [completion] = output.outputs
+                if not output.finished or completion.finish_reason == "abort":
+                    continue
+                problem, trace = problem_of.pop(output.request_id), completion.diffusion_trace
+                is_right = workload.tasks[problem].is_right(completion.text)
+                blocks = [block.to_json() for block in trace.blocks]
+                answers.add(Answer(problem, completion.text, is_right, trace.decided_in, blocks))
+                bar.update()
+    if problem_of:
+        raise RuntimeError(f"the engine ended with {len(problem_of)} answers of {run.label!r} missing")
