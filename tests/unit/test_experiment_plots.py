@@ -73,6 +73,10 @@ def rows(crowded: bool) -> list[Row]:
         agreed = [[400 - 3 * i * (4 // passes), 400] for i in range(15)]
         of = result(399, 5.1, {passes: 400}, drafts=400, accepted=4400, agreement=agreed)
         made.append(row("verified", label({"draft_steps": passes}), of))
+    for threshold in thresholds if crowded else ():
+        agreed = [[400 - round(threshold * 9 * i), 400] for i in range(15)]
+        of = result(399, 5.1, {2: 400}, drafts=400, accepted=4400, agreement=agreed)
+        made.append(row("verified", label({"draft_steps": 2, "confidence_threshold": threshold}), of))
     for strategy in ("confidence_unmasking", "predict_and_noise") if crowded else ():
         for steps in (16, 32):
             tokens = 12.4 if strategy == "confidence_unmasking" else 12.7

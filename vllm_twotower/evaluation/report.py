@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_twotower.experiments.measures import Result
+from vllm_twotower.experiments.runs import label
 
 Results = dict[str, Any]
 
@@ -117,17 +118,21 @@ def draw(results: Results, folder: Path) -> None:
     """The plots of the experiments: quality by threshold on the problems to choose on, the others on those reported."""
     from vllm_twotower.experiments.figures import PLOTS, Row, draw_all
 
-    def row(sweep: str, label: str, entry: Results, **flags: bool) -> Row:
-        names = {field.name for field in fields(Result)}
-        one = Result.from_json({name: value for name, value in entry.items() if name in names})
-        return Row(f"{sweep}/{label}", sweep, label, one, **flags)
+    chosen = results["chosen"]
+
+    def row(sweep: str, name: str, entry: Results, **flags: bool) -> Row:
+        known = {field.name for field in fields(Result)}
+        one = Result.from_json({key: value for key, value in entry.items() if key in known})
+        return Row(f"{sweep}/{name}", sweep, name, one, **flags)
 
     ar = row("modes", "autoregressive", results["chosen_on"]["ar"], is_ar=True)
     thresholds = [row("threshold", f"threshold {name}", entry) for name, entry in results["thresholds"].items()]
     draw_all([ar, *thresholds], folder, ["quality.png"])
-    reported = [row("modes", name, entry, is_ar=name == "ar") for name, entry in results["reported"].items()]
-    reported += [row("drafts", f"drafts of {drafted}", entry) for drafted, entry in results["drafts"].items()]
-    reported += [row("steps", f"at most {name} passes", entry) for name, entry in results["steps"].items()]
+    modes = {name: entry for name, entry in results["reported"].items() if name != "verified" or not results["drafts"]}
+    reported = [row("modes", name, entry, is_ar=name == "ar") for name, entry in modes.items()]
+    drafts = {name: entry for name, entry in results["drafts"].items() if name.endswith(("any", f" {chosen:g}"))}
+    reported += [row("drafts", label({"draft_steps": int(name.split()[0])}), one) for name, one in drafts.items()]
+    reported += [row("steps", label({"max_steps": int(name)}), entry) for name, entry in results["steps"].items()]
     reported += [row("width", f"width {name}", entry) for name, entry in results["widths"].items()]
     reported += [
         row("ablation", name, entry, is_ablated=name != "as trained") for name, entry in results["ablations"].items()

@@ -25,7 +25,7 @@ KEPT = 0.99
 _PASSES = {
     "1": (1, 1), "2": (2, 2), "3 to 4": (3, 4), "5 to 8": (5, 8), "9 to 16": (9, 16), "17 and more": (17, 1 << 31),
 }  # fmt: skip
-_MOST_TAUS = 9
+_MOST_TAUS, _MOST_LINES = 9, 6
 _GRAY = "#555555"
 
 
@@ -246,7 +246,7 @@ def agreement(rows: Sequence[Row]) -> Figure | None:
     shown = [row for row in _distinct(_whole(rows)) if row.result.drafts]
     if not shown:
         return None
-    groups = _grouped(shown, lambda result: result.agreement)
+    groups = dict(list(_grouped(shown, lambda result: result.agreement).items())[:_MOST_LINES])
     rates = {label: [agreed / tried for agreed, tried in one.agreement if tried] for label, one in groups.items()}
     label, first = next(iter(rates.items()))
     lowest = min(range(len(first)), key=first.__getitem__)
@@ -254,7 +254,7 @@ def agreement(rows: Sequence[Row]) -> Figure | None:
     figure, axes = _figure(7.6, 4.2, title)
     for number, (label, of_place) in enumerate(rates.items()):
         axes.plot(range(1, len(of_place) + 1), of_place, marker=MARKERS[number % len(MARKERS)], markersize=5,
-                  color=COLORS[number % len(COLORS)], linewidth=1.2, label=label)  # fmt: skip
+                  color=COLORS[number % len(COLORS)], linewidth=1.2, label=fill(label, 44))  # fmt: skip
     everything = [rate for of_place in rates.values() for rate in of_place]
     _set_percent(axes, min(everything), max(everything))
     axes.set_xticks(_ticks(max(map(len, rates.values()))))
@@ -262,7 +262,8 @@ def agreement(rows: Sequence[Row]) -> Figure | None:
     tried = [count for _, count in shown[0].result.agreement if count]
     axes.set_xlabel(f"place of the token in its draft ({tried[0]:,} drafts at place 1, {tried[-1]:,} at the last)")
     axes.set_ylabel("equal to AR's token, all before it equal")
-    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=4)
+    columns = 3 if max(map(len, rates)) < 24 else 2
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=columns)
     return figure
 
 
