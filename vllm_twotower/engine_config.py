@@ -19,7 +19,7 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm_twotower.architecture import DEFAULT_CANVAS_LENGTH, DEFAULT_MASK_TOKEN_ID, TwoTowerConfig
 from vllm_twotower.checkpoint import lacks_denoiser
 from vllm_twotower.engine.processes import keep_signals_of_forked_processes
-from vllm_twotower.options import ADDITIONAL_CONFIG_KEY, ATTENTION_BACKENDS, ATTENTION_REASON, EngineOptions
+from vllm_twotower.options import ATTENTION_BACKENDS, ATTENTION_REASON, EngineOptions
 from vllm_twotower.parallel import check_tensor_parallel_size
 from vllm_twotower.ray_devices import check_ray_devices
 
@@ -59,9 +59,7 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
         NemotronHForCausalLMConfig.verify_and_update_config(vllm_config)
 
         hf_config = vllm_config.model_config.hf_config
-        if vllm_config.diffusion_config is None:
-            vllm_config.diffusion_config = DiffusionConfig(canvas_length=hf_config.canvas_length)
-        diffusion = vllm_config.diffusion_config
+        vllm_config.diffusion_config = diffusion = vllm_config.diffusion_config or DiffusionConfig()
         if diffusion.canvas_length is None:
             diffusion.canvas_length = hf_config.canvas_length
         hf_mask_token = getattr(hf_config, "mask_token_id", None)
@@ -85,7 +83,7 @@ class TwoTowerModelConfig(VerifyAndUpdateConfig):
         if options.ablation is not None:
             from vllm_twotower.experiments.ablation import check
 
-            check(f"additional_config['{ADDITIONAL_CONFIG_KEY}'].ablation", options.ablation, vllm_config)
+            check(options, vllm_config)
         options.store(vllm_config.model_config)
         if options.context_alone:
             logger.info("The context tower is served alone, without the denoiser: its only mode is 'ar'.")

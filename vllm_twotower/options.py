@@ -35,9 +35,7 @@ FIRST_MODE = "twotower_first_mode"
 
 Mode = Literal["mask_diffusion", "verified", "ar", "auto"]
 
-_OF_DENOISER = {
-    "confidence_threshold", "mask_token_id", "lossless", "draft_steps", "prompt_tokens_beside_blocks", "ablation",
-}  # fmt: skip
+_OF_DENOISER = {"confidence_threshold", "mask_token_id", "lossless", "draft_steps", "prompt_tokens_beside_blocks"}
 _NO_DENOISER = "needs the denoiser; with additional_config['twotower'].towers='context' the only mode is 'ar'"
 
 # What became of options of earlier versions.

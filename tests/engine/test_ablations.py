@@ -66,12 +66,11 @@ def test_tokens_are_the_plain_models(checkpoint: str, ablation: dict[str, Any], 
     assert of_context == [tuple(generate_ar(whole, prompt, 32).tokens) for prompt in prompts[:2]] * 2
 
 
-def config(ablation: Any, checkpoint: str = "A", **options: Any):
+def config(ablation: Any, checkpoint: str = "A", **twotower: Any):
     return EngineArgs(
         model=str(golden_data.checkpoint(checkpoint)),
         dtype="float32",
-        additional_config={"twotower": {"ablation": ablation}},
-        **options,
+        additional_config={"twotower": {"ablation": ablation, **twotower}},
     ).create_engine_config()
 
 
@@ -112,3 +111,8 @@ def test_an_experiment_looks_at_all_engines_before_the_first(engine: dict[str, A
     ablations = ({}, {"experts_per_token": 9})
     with pytest.raises(ValueError, match=words):
         check_engines([Run(workload, "all", ablation_label(one), {"ablation": one}, engine) for one in ablations])
+
+
+def test_the_context_tower_alone_has_no_denoiser(developer: None) -> None:
+    with pytest.raises(ValueError, match=r"ablation=\{'time': 0.5\}: needs the denoiser"):
+        config({"time": 0.5}, towers="context")

@@ -22,7 +22,7 @@ from vllm.platforms import current_platform
 
 from vllm_twotower.model.denoiser import CanvasRows, DenoiserAttention, DenoiserMambaMixer, DenoiserTower
 from vllm_twotower.model.time_conditioning import TimeConditioning
-from vllm_twotower.options import RequestError
+from vllm_twotower.options import ADDITIONAL_CONFIG_KEY, EngineOptions, RequestError
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,13 @@ class Ablation:
     skip_denoiser_layers: tuple[int, ...] = ()
 
 
-def check(name: str, given: Any, vllm_config: VllmConfig) -> None:
-    """Raises RequestError for the option ``name`` unless this engine may have the ablation ``given``."""
+def check(options: EngineOptions, vllm_config: VllmConfig) -> None:
+    """Raises RequestError unless this engine may have the ablation that its options ask for."""
+    name, given = f"additional_config['{ADDITIONAL_CONFIG_KEY}'].ablation", options.ablation
     if not envs.VLLM_SERVER_DEV_MODE:
         raise RequestError(name, given, "is for experiments, and needs VLLM_SERVER_DEV_MODE=1 in the environment")
+    if options.context_alone:
+        raise RequestError(name, given, "needs the denoiser, and the context tower is alone here")
     if current_platform.support_static_graph_mode() and not vllm_config.model_config.enforce_eager:
         raise RequestError(name, given, "needs --enforce-eager: ablated passes are not captured as CUDA graphs")
     known = [field.name for field in fields(Ablation)]
