@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from vllm_twotower.arguments import probability, whole_number
 from vllm_twotower.models import embedded_model
-from vllm_twotower.offline import Answers, generate, small_engine
+from vllm_twotower.offline import Answers, generate, logged_to, small_engine
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -46,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     prompts = args.prompts or heldout_prompts(args.model)
     log = Path(tempfile.gettempdir()) / "vllm-twotower-demo.log"
     print(f"The engine starts; its log is in {log}.", flush=True)
-    with own_output(log) as out, small_engine(args.model, max_num_seqs=16, kv_cache_memory_bytes=128 << 20) as llm:
+    with logged_to(log) as out, small_engine(args.model, max_num_seqs=16, kv_cache_memory_bytes=128 << 20) as llm:
         modes = {mode: {"diffusion_mode": mode} for mode in MODES}
         modes["mask_diffusion"]["diffusion_confidence_threshold"] = args.confidence_threshold
         for options in modes.values():
@@ -54,25 +50,6 @@ def run(args: argparse.Namespace) -> None:
         longest = _show_answers(llm, prompts, modes["mask_diffusion"], args.max_tokens, out)
         _show_batch(llm, prompts, modes, args.max_tokens, out)
         _show_race(llm, longest, modes, args.max_tokens, out)
-
-
-@contextmanager
-def own_output(log: Path) -> Iterator[TextIO]:
-    """A stream to the standard output, while all else that this process and its children print goes to ``log``."""
-    sys.stdout.flush()
-    kept = [os.dup(stream) for stream in (1, 2)]
-    try:
-        with log.open("wb") as file, open(os.dup(kept[0]), "w", encoding=sys.stdout.encoding, buffering=1) as out:
-            for stream in (1, 2):
-                os.dup2(file.fileno(), stream)
-            yield out
-    finally:
-        with suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        for stream, before in zip((1, 2), kept, strict=True):
-            os.dup2(before, stream)
-            os.close(before)
 
 
 def _show_answers(llm: LLM, prompts: list[str], options: dict, max_tokens: int, out: TextIO) -> str:

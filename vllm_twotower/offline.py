@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -46,6 +47,25 @@ def use_one_thread() -> None:
 def small_engine_options(**options: Any) -> dict[str, Any]:
     """Arguments of vLLM's ``LLM`` for a small model, with statistics."""
     return {"dtype": fastest_dtype(), "max_model_len": 1024, "disable_log_stats": False, **options}
+
+
+@contextmanager
+def logged_to(log: Path) -> Iterator[TextIO]:
+    """A stream to the standard output, while all else that this process and its children print goes to ``log``."""
+    sys.stdout.flush()
+    kept = [os.dup(stream) for stream in (1, 2)]
+    try:
+        with log.open("wb") as file, open(os.dup(kept[0]), "w", encoding=sys.stdout.encoding, buffering=1) as out:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+            yield out
+    finally:
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        for stream, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, stream)
+            os.close(before)
 
 
 @contextmanager

@@ -43,6 +43,30 @@ def test_goldens_in_fp32(name: str, enforce_eager: bool) -> None:
 
 
 @pytest.mark.parametrize("name", golden_data.CHECKPOINTS)
+def test_traces_of_graphs_in_fp32(name: str) -> None:
+    """Canvases and times of every pass, and what is traced of drafts and of single tokens."""
+    from comparisons import assert_same_traces
+    from engines import generate, running_engine
+    from vllm import SamplingParams
+
+    runs = [run for run in golden_data.diffusion_runs(name) if run.blocks]
+    asked = [run.params(extra_args=run.params().extra_args | {"diffusion_trace": "passes"}) for run in runs]
+    modes = [{"diffusion_mode": mode, "diffusion_trace": "tokens"} for mode in ("ar", "verified")] * 4
+    others = [SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args=extra) for extra in modes]
+    traces = []
+    for enforce_eager in (False, True):
+        with running_engine(golden_data.checkpoint(name), enforce_eager=enforce_eager, **SHARED) as llm:
+            outputs = generate(llm, [run.prompt for run in runs], asked)
+            outputs += generate(llm, [runs[0].prompt] * len(others), others)
+            traces.append([output.outputs[0].diffusion_trace for output in outputs])
+    for run, trace in zip(runs, traces[0], strict=False):
+        found = [list(zip(block.t, map(tuple, block.canvases), strict=True)) for block in trace.blocks]
+        assert found == [[(pytest.approx(t), after) for t, _, after in block] for block in run.blocks]
+    for graphs, eager in zip(*traces, strict=True):
+        assert_same_traces(graphs, eager)
+
+
+@pytest.mark.parametrize("name", golden_data.CHECKPOINTS)
 def test_bf16_runs(name: str) -> None:
     """Rounding changes tokens, so only what must hold anyway: lengths, ids in the vocabulary, no mask token."""
     from engines import assert_idle, run_all, running_engine

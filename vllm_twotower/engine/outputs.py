@@ -23,7 +23,7 @@ class TracedCompletionOutput(CompletionOutput):
     def of(cls, output: CompletionOutput, of_request: DiffusionTrace, start: int) -> TracedCompletionOutput:
         """The output, whose first token is number ``start`` of the request's."""
         traced = cls.__new__(cls)
-        vars(traced).update(vars(output), _of_request=of_request, _start=start)
+        traced.__dict__.update(vars(output), _of_request=of_request, _start=start)
         return traced
 
     @property

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import queue
+import tempfile
 import threading
 import time
 import urllib.error
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_twotower.models import embedded_model
+from vllm_twotower.offline import logged_to, small_engine
 from vllm_twotower.trace import TRACE, DiffusionTrace
 from vllm_twotower.watch.recording import Chunk
 
@@ -173,17 +175,16 @@ def offline_source(model: Path) -> Iterator[OfflineSource]:
     if not (model / "config.json").is_file():
         raise WatchError(f"{model} is no folder of a checkpoint: it has no config.json")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # warnings would stand between the lines that are drawn
-    from vllm_twotower.offline import small_engine
-
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    log = Path(tempfile.gettempdir()) / "vllm-twotower-watch.log"
     # Without a size the cache of an embedded model would be gigabytes.
     options: dict[str, Any] = {"kv_cache_memory_bytes": 64 << 20} if model == embedded_model() else {}
     with ExitStack() as stack:
         try:
-            engine = small_engine(model, max_num_seqs=2, use_tqdm_on_load=False, **options)
-            llm = stack.enter_context(engine)
+            with logged_to(log):  # what is printed at startup would stand between the lines that are drawn
+                llm = stack.enter_context(small_engine(model, max_num_seqs=2, use_tqdm_on_load=False, **options))
         except ValueError as error:
-            raise WatchError(f"the engine does not start: {error}") from None
+            raise WatchError(f"the engine does not start: {error}; its log is in {log}") from None
         yield OfflineSource(llm, model.resolve().name)
 
 
