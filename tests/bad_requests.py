@@ -24,7 +24,7 @@ BAD_OPTIONS: list[tuple[str, Any]] = [
     ("diffusion_adaptive_unmasking", "yes"),
     ("diffusion_remasking", "unheard_of"),
     ("diffusion_trace", "unheard_of"),
-    ("diffusion_trace", True),
+    ("diffusion_trace", 1),
     ("diffusion_mode", "unheard_of"),
     ("diffusion_mode", ["ar"]),
     ("diffusion_foo", 1),

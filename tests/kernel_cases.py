@@ -154,14 +154,13 @@ def statistics(random: Random, rows: int, size: int, never: int | None, dtype: t
         logits[2, size // 2] = torch.nan
 
     def of(function: Callable[..., Results]) -> Results:
-        tokens, largest, logsumexp, nothing = function(logits, never)
-        assert not len(nothing)
+        *plain, nothing = function(logits, never)
         *others, second = function(logits, never, True)
-        is_finite = logsumexp.isfinite()
-        assert all(
-            map(torch.equal, (x[is_finite] for x in others), (x[is_finite] for x in (tokens, largest, logsumexp)))
-        )
-        return tokens[is_finite], largest[is_finite], logsumexp[is_finite], second[is_finite], is_finite
+        assert not len(nothing)
+        is_finite = plain[2].isfinite()
+        # Beside the only possible token of a row there is no second one.
+        found = (*plain, *others, second.clamp(min=-1e9))
+        return *(values[is_finite] for values in found), is_finite
 
     return lambda: of(vocabulary_on_gpu.row_statistics), lambda: of(vocabulary.row_statistics)
 

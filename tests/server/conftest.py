@@ -56,7 +56,7 @@ def tiny_folder() -> Path:
     return TINY
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny_server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The trained model, served as the README says: with the repository's serve profile."""
     log = tmp_path_factory.mktemp("server") / "tiny.log"

@@ -85,11 +85,9 @@ def row_statistics(
     )
     of_rows = empty(rows, dtype=torch.int64), empty(rows), empty(rows), empty(rows * needs_second)
     nothing = -1 if never is None else never
-    _of_tiles[rows, num_tiles](
-        *of_tiles, logits, vocabulary, logits.stride(0), nothing, needs_second, NUM_TILES=num_tiles, TILE_SIZE=TILE
-    )
-    padded = triton.next_power_of_2(num_tiles)
-    _of_rows[(rows,)](*of_rows, *of_tiles, needs_second, NUM_TILES=num_tiles, PADDED=padded)
+    sizes = {"NEEDS_SECOND": needs_second, "NUM_TILES": num_tiles}
+    _of_tiles[rows, num_tiles](*of_tiles, logits, vocabulary, logits.stride(0), nothing, TILE_SIZE=TILE, **sizes)
+    _of_rows[(rows,)](*of_rows, *of_tiles, PADDED=triton.next_power_of_2(num_tiles), **sizes)
     return of_rows
 
 
