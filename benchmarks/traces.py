@@ -1,6 +1,7 @@
 """What traces cost: tokens/s of requests that are traced, beside those of requests that are not, in one engine.
 
-The two take turns, with a hundred requests a turn; each pair of turns gives a ratio:
+They take turns, with a hundred requests a turn. The ratio is that of all tokens by all seconds; the quartiles are those of
+the turns' own ratios:
 
     python benchmarks/traces.py --requests 1000 --open 64
 """
@@ -13,7 +14,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from closed_loop import TINY, closed_loop, in_turns, problems, start
+from closed_loop import TINY, Stretch, closed_loop, in_turns, problems, start
 from summary import Summary
 
 MODES: dict[str, dict[str, Any]] = {
@@ -36,28 +37,31 @@ def main() -> None:
     args = parser.parse_args()
     summary, llm = Summary(args.summary), start(args.model, max_num_seqs=args.open)
     prompts = [problem["prompt"] for problem in islice(cycle(problems(args.model)), A_TURN)]
-    print("| mode | diffusion_trace | tokens/s | of untraced, median | quartiles |\n|---|---|---|---|---|")
+    print("| mode | diffusion_trace | tokens/s | of untraced | quartiles of turns |\n|---|---|---|---|---|")
     for mode in args.modes:
-        speeds = measured(llm, prompts, MODES[mode], args)
-        for level in LEVELS:
-            ratios = [one / other for one, other in zip(speeds[level], speeds["none"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            speed = statistics.median(speeds[level])
-            print(f"| {mode} | {level} | {speed:.0f} | {middle:.3f} | {low:.3f} to {high:.3f} |", flush=True)
+        turns = measured(llm, prompts, MODES[mode], args)
+        speed = {level: sum(t.tokens for t in of) / sum(t.seconds for t in of) for level, of in turns.items()}
+        for level, of_level in turns.items():
+            pairs = zip(of_level, turns["none"], strict=True)
+            low, _, high = statistics.quantiles([a.tokens_per_second / b.tokens_per_second for a, b in pairs], n=4)
+            ratio = speed[level] / speed["none"]
+            print(f"| {mode} | {level} | {speed[level]:.0f} | {ratio:.3f} | {low:.3f} to {high:.3f} |", flush=True)
             if level != "none":
-                summary.add(f"{mode}, trace {level}", speed, "untraced", speed / middle, "tokens/s")
+                summary.add(f"{mode}, trace {level}", speed[level], "untraced", speed["none"], "tokens/s")
 
 
-def measured(llm: Any, prompts: list[str], options: dict[str, Any], args: argparse.Namespace) -> dict[str, list[float]]:
-    """Tokens/s of every turn, by level."""
+def measured(
+    llm: Any, prompts: list[str], options: dict[str, Any], args: argparse.Namespace
+) -> dict[str, list[Stretch]]:
+    """The turns of each level."""
     from vllm import SamplingParams
 
-    speeds: dict[str, list[float]] = {level: [] for level in LEVELS}
+    turns: dict[str, list[Stretch]] = {level: [] for level in LEVELS}
     closed_loop(llm, prompts, args.open, SamplingParams(temperature=0, max_tokens=64, extra_args=options))  # warm up
     for level in in_turns(LEVELS, max(2, args.requests // A_TURN)):
         params = SamplingParams(temperature=0, max_tokens=64, extra_args={**options, "diffusion_trace": level})
-        speeds[level].append(closed_loop(llm, prompts, args.open, params).steady.tokens_per_second)
-    return speeds
+        turns[level].append(closed_loop(llm, prompts, args.open, params).whole)
+    return turns
 
 
 if __name__ == "__main__":

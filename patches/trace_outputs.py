@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm_twotower.trace import TRACE, DiffusionTrace
+from vllm_twotower.trace import TRACE
 
 
 def keeping_traces(upstream_process: Callable) -> Callable:
@@ -15,12 +15,15 @@ def keeping_traces(upstream_process: Callable) -> Callable:
         for output in engine_core_outputs:
             # No TwoTower engine has a KV connector, and others know no traces.
             if output.kv_transfer_params is not None and TRACE in output.kv_transfer_params:
-                from vllm_twotower.engine.traces import add_block
+                from vllm_twotower.engine.outputs import RequestTrace
 
                 numbers = output.kv_transfer_params.pop(TRACE)
                 output.kv_transfer_params = None
                 if (state := self.request_states.get(output.request_id)) is not None:
-                    add_block(vars(state).setdefault(TRACE, DiffusionTrace()), numbers)
+                    held = vars(state)
+                    if TRACE not in held:
+                        held[TRACE] = RequestTrace()
+                    held[TRACE].add(numbers)
         return upstream_process(self, engine_core_outputs, *args, **kwargs)
 
     return process_outputs

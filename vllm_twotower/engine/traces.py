@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _NONE, _PASSES = LEVELS.index("none"), LEVELS.index("passes")
 _NO_DRAFT = -1
 _HEADER = 4
+_NOTHING = np.zeros(0, dtype=np.int64)
 
 
 class TraceTable:
@@ -78,39 +79,35 @@ class TraceTable:
         of_step = np.flatnonzero(self.is_traced[rows.slots] & (rows.num_new > 0))
         if not len(of_step):
             return None
-        packed = self._packed(rows, of_step)
-        found = np.zeros((len(rows), 1 + max(map(len, packed))), dtype=np.int64)
-        for row, numbers in zip(of_step.tolist(), packed, strict=True):
-            found[row, : 1 + len(numbers)] = [len(numbers), *numbers]
-        self._forget(rows.slots[of_step])
-        return found
-
-    def _packed(self, rows: StepRows, of_step: np.ndarray) -> list[list[int]]:
-        """The numbers of some rows (n,) of a step."""
         slots, counts, is_draft = rows.slots[of_step], rows.num_new[of_step], rows.is_verified[of_step]
         is_canvas = ~(rows.is_ar[of_step] | is_draft)
-        most = int(counts.max())
-        decided_in = self._decided_in[slots, :most]
+        width = int(counts.max())
+        decided_in = self._decided_in[slots, :width]
         decided_in[is_draft, :-1] = decided_in[is_draft, 1:]  # a draft begins with the token before it
-        decided_in[np.arange(decided_in.shape[1]) >= np.where(is_canvas, counts, is_draft * (counts - 1))[:, None]] = 0
-        probabilities = np.where(
-            is_canvas[:, None, None], self._of_canvas[slots, :, :most], self._of_text[slots, :, :most]
-        )
+        decided_in[np.arange(width) >= np.where(is_canvas, counts, is_draft * (counts - 1))[:, None]] = 0
+        of_canvas, of_text = self._of_canvas[slots, :, :width], self._of_text[slots, :, :width]
+        bits = np.where(is_canvas[:, None, None], of_canvas, of_text).view(np.int32)
         passes = np.where(is_canvas | is_draft, self._num_passes[slots], 0)
         drafted = np.where(is_draft, rows.room[of_step] - 1, _NO_DRAFT)
-        columns = (slots, counts, passes, drafted, decided_in, probabilities.view(np.int32))
-        packed = []
-        for slot, count, num_passes, of_draft, of_tokens, (chosen, second) in zip(
-            *(column.tolist() for column in columns), strict=True
-        ):
-            noted = self._passes.get(slot, []) if num_passes else []
-            times = np.array([t for t, _ in noted], dtype=np.float32).view(np.int32).tolist()
-            canvases = [token for _, canvas in noted for token in canvas.tolist()]
-            packed.append(
-                [count, num_passes, of_draft, len(times), *of_tokens[:count], *chosen[:count], *second[:count]]
-                + [*times, *canvases]
-            )
-        return packed
+        notes = [self._notes(slot) for slot in slots] if self._passes else []
+        size = _HEADER + 3 * width
+        sizes = np.full_like(counts, size)
+        sizes += [len(note) for note in notes] or 0
+        found = np.zeros((len(rows), 1 + sizes.max()), dtype=np.int64)
+        columns = (sizes, counts, np.full_like(counts, width), passes, drafted, decided_in, bits.reshape(len(bits), -1))
+        found[of_step, : 1 + size] = np.column_stack(columns)
+        for row, note in zip(of_step, notes, strict=False):
+            found[row, 1 + size : 1 + size + len(note)] = note
+        self._forget(slots)
+        return found
+
+    def _notes(self, slot: int) -> np.ndarray:
+        """A block's passes: the time and the canvas of each; nothing where canvases are not asked for."""
+        passes = self._passes.get(int(slot))
+        if not passes:
+            return _NOTHING
+        times = np.array([t for t, _ in passes], dtype=np.float32).view(np.int32)
+        return np.concatenate([times, *(canvas for _, canvas in passes)])
 
     def _forget(self, slots: np.ndarray) -> None:
         self._num_passes[slots] = self._decided_in[slots] = 0
@@ -121,21 +118,22 @@ class TraceTable:
 
 def add_block(trace: DiffusionTrace, numbers: Sequence[int]) -> None:
     """Adds to a trace what a step has returned of its request, as :meth:`TraceTable.collect` gives it."""
-    count, num_passes, drafted, num_canvases = numbers[:_HEADER]
-    ends = [_HEADER + n for n in (count, 2 * count, 3 * count, 3 * count + num_canvases)]
+    count, width, num_passes, drafted = numbers[:_HEADER]
+    decided_in, *probabilities = (numbers[_HEADER + i * width :][:count] for i in range(3))
     if num_passes:
         block = BlockTrace(len(trace), count, num_passes)
         if drafted != _NO_DRAFT:
             block.drafted, block.accepted = drafted, count - 1
-        if num_canvases:
-            width = (len(numbers) - ends[3]) // num_canvases
-            block.t = _floats(numbers[ends[2] : ends[3]])
-            block.canvases = [list(numbers[start : start + width]) for start in range(ends[3], len(numbers), width)]
+        if notes := numbers[_HEADER + 3 * width :]:
+            times, canvases = notes[:num_passes], notes[num_passes:]
+            length = len(canvases) // num_passes
+            block.t = _floats(times)
+            block.canvases = [list(canvases[start : start + length]) for start in range(0, len(canvases), length)]
         trace.blocks.append(block)
     trace.block += [len(trace.blocks) - 1 if num_passes else None] * count
-    trace.decided_in += [number or None for number in numbers[_HEADER : ends[0]]]
-    trace.confidence += _floats(numbers[ends[0] : ends[1]])
-    trace.runner_up += _floats(numbers[ends[1] : ends[2]])
+    trace.decided_in += [number or None for number in decided_in]
+    trace.confidence += _floats(probabilities[0])
+    trace.runner_up += _floats(probabilities[1])
 
 
 def _floats(bits: Sequence[int]) -> list[float]:
