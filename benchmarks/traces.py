@@ -1,7 +1,7 @@
 """What traces cost: tokens/s of requests that are traced, beside those of requests that are not, in one engine.
 
-They take turns, with a hundred requests a turn. The ratio is that of all tokens by all seconds; the quartiles are those of
-the turns' own ratios:
+They take turns, with a hundred requests a turn. The ratio is that of all tokens by all seconds; the quartiles are those
+of the turns' own ratios:
 
     python benchmarks/traces.py --requests 1000 --open 64
 """
