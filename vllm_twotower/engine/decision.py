@@ -78,12 +78,11 @@ class Decision:
                 yield part, self._from_logits(part, head(of_part).float(), needs)
             else:
                 chosen = head.choose(of_part, part.never, self._draws(part), part.is_traced)
-                energy = chosen.confidence.log() if "energy" in needs else None
-                is_finite = chosen.confidence.isfinite()
-                yield (
-                    part,
-                    Prediction(chosen.tokens, is_finite, chosen.confidence, energy=energy, runner_up=chosen.runner_up),
-                )
+                predicted = Prediction(chosen.tokens, chosen.confidence.isfinite(), chosen.confidence)
+                predicted.runner_up = chosen.runner_up
+                if "energy" in needs:
+                    predicted.energy = chosen.confidence.log()
+                yield part, predicted
 
     def needs_logits(self, slots: np.ndarray) -> np.ndarray:
         """Which of the requests in slots (n,) need whole rows of logits; grammars are not known here."""

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from vllm_twotower.trace import LEVELS, BlockTrace, DiffusionTrace
 
-if TYPE_CHECKING:
-    from .step_rows import StepRows
-    from .tower_rows import TowerRows
+from .tower_rows import TowerRows
 
 _NONE, _PASSES = LEVELS.index("none"), LEVELS.index("passes")
 _NO_DRAFT = -1
 _HEADER = 4
 _NOTHING = np.zeros(0, dtype=np.int64)
+
+
+class ReturnedRows(Protocol):
+    """Of the R rows of a step, see :class:`~.step_rows.StepRows`: their slots, and how many tokens came, and how."""
+
+    slots: np.ndarray
+    is_ar: np.ndarray
+    is_verified: np.ndarray
+    room: np.ndarray
+    num_new: np.ndarray
+
+    def __len__(self) -> int: ...
 
 
 class TraceTable:
@@ -71,7 +81,7 @@ class TraceTable:
         traced = self.is_traced[slots]
         self._of_text[slots[traced], :, places[traced]] = probabilities[traced]
 
-    def collect(self, rows: StepRows) -> np.ndarray | None:
+    def collect(self, rows: ReturnedRows) -> np.ndarray | None:
         """What a step returns, (R, K) int64; None if no request is traced that it returns anything to.
 
         A row has the count of its numbers, and then those that :func:`add_block` reads. Forgets what is returned.
