@@ -80,8 +80,7 @@ class Decision:
                 chosen = head.choose(of_part, part.never, self._draws(part), part.is_traced)
                 predicted = Prediction(chosen.tokens, chosen.confidence.isfinite(), chosen.confidence)
                 predicted.runner_up = chosen.runner_up
-                if "energy" in needs:
-                    predicted.energy = chosen.confidence.log()
+                predicted.energy = chosen.confidence.log() if "energy" in needs else None
                 yield part, predicted
 
     def needs_logits(self, slots: np.ndarray) -> np.ndarray:

@@ -101,8 +101,7 @@ class TraceTable:
         drafted = np.where(is_draft, rows.room[of_step] - 1, _NO_DRAFT)
         notes = [self._notes(slot) for slot in slots] if self._passes else []
         size = _HEADER + 3 * width
-        sizes = np.full_like(counts, size)
-        sizes += [len(note) for note in notes] or 0
+        sizes = np.full_like(counts, size) + ([len(note) for note in notes] or 0)
         found = np.zeros((len(rows), 1 + sizes.max()), dtype=np.int64)
         columns = (sizes, counts, np.full_like(counts, width), passes, drafted, decided_in, bits.reshape(len(bits), -1))
         found[of_step, : 1 + size] = np.column_stack(columns)
@@ -113,8 +112,7 @@ class TraceTable:
 
     def _notes(self, slot: int) -> np.ndarray:
         """A block's passes: the time and the canvas of each; nothing where canvases are not asked for."""
-        passes = self._passes.get(int(slot))
-        if not passes:
+        if not (passes := self._passes.get(int(slot))):
             return _NOTHING
         times = np.array([t for t, _ in passes], dtype=np.float32).view(np.int32)
         return np.concatenate([times, *(canvas for _, canvas in passes)])
