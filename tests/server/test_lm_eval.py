@@ -24,6 +24,7 @@ from serving import REPOSITORY, REQUEST_SECONDS, Server, free_port, running_serv
 from vllm.tokenizers import get_tokenizer
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.slow
 
 CONFIGS = REPOSITORY / "configs/lm-eval"
 FILES = REPOSITORY / "tests/lm_eval"

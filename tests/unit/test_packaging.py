@@ -162,6 +162,12 @@ def test_demo_runs_in_an_empty_folder(installed, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_watch_runs_in_an_empty_folder(installed, tmp_path):
+    printed = vllm_twotower(installed, "watch", "--html", "out.html", cwd=tmp_path)
+    assert "The answer is 62." in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["out.html"]
+
+
 def test_the_embedded_model_is_served_from_an_empty_folder(installed, tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
