@@ -24,8 +24,9 @@ class RequestTrace:
 
     def whole(self) -> DiffusionTrace:
         """All of it."""
-        while self._sent:
-            add_block(self._trace, self._sent.pop(0))
+        for numbers in self._sent:
+            add_block(self._trace, numbers)
+        self._sent.clear()
         return self._trace
 
 

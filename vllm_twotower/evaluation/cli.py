@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from vllm_twotower.evaluation.answers import held_out_problems, speeds
 from vllm_twotower.evaluation.report import draw, markdown
 from vllm_twotower.experiments.cli import allow_ablations, goes_on, identical_texts
 from vllm_twotower.experiments.measures import Result
-from vllm_twotower.experiments.runs import Engines, Run, Workload, run_all, running_engines
+from vllm_twotower.experiments.runs import Engines, Run, Workload, run_all
 from vllm_twotower.experiments.store import Store, key_of
 from vllm_twotower.experiments.tasks import Task
 from vllm_twotower.offline import fastest_dtype, use_one_thread
@@ -94,7 +95,7 @@ def _generated(
         Workload(str(args.model), [Task.of(problem) for problem in problems], args.max_tokens)
         for problems in (to_choose, to_report, to_report[: args.likelihood_problems])
     )
-    with running_engines(str(args.model)) as engines:
+    with closing(Engines(str(args.model))) as engines:
 
         def results_of(*groups: list[Run]) -> list[dict[str, Result]]:
             runs = [run for group in groups for run in group]

@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from vllm_twotower.offline import small_engine_options, use_one_thread
 
 from .measures import Result
-from .runs import Run, run_all, running_engines
+from .runs import Engines, Run, run_all
 from .store import Store
 
 DEV_MODE = "VLLM_SERVER_DEV_MODE"
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise SystemExit(f"vllm-twotower experiment: {args.file}: {error}") from None
     store = Store(experiment.output)
-    with goes_on(store.folder), running_engines(workload.model) as engines:
+    with goes_on(store.folder), closing(Engines(workload.model)) as engines:
         results = run_all(runs, store, engines)
     rows = rows_of(runs, results)
     plots = draw_all(rows, store.folder)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
+
+from scipy.stats import kendalltau
 
 from .store import Answer
 from .tasks import Task
@@ -69,15 +70,12 @@ class Result:
 def order_of_unmasking(decided_in: Sequence[int]) -> float | None:
     """Kendall's tau-b of a token's place in its block and the pass it was decided in; None if all were in one pass.
 
-    1: from left to right, -1: from right to left. Passes are tied, places are not: (C - D) / sqrt(n0 (n0 - n1)) with C
-    and D the concordant and discordant pairs, n0 all pairs and n1 those in the same pass (Kendall, The treatment of
-    ties in ranking problems, Biometrika 33, 1945).
+    1: from left to right, -1: from right to left. Passes are tied, places are not (Kendall, The treatment of ties in
+    ranking problems, Biometrika 33, 1945).
     """
-    pairs = [(a, b) for i, a in enumerate(decided_in) for b in decided_in[i + 1 :]]
-    untied = sum(a != b for a, b in pairs)
-    if not untied:
+    if len(set(decided_in)) < 2:
         return None
-    return sum((b > a) - (b < a) for a, b in pairs) / math.sqrt(len(pairs) * untied)
+    return float(kendalltau(range(len(decided_in)), decided_in).statistic)
 
 
 def measure(tasks: Sequence[Task], answers: Sequence[Answer]) -> Result:

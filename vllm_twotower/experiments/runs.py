@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -162,16 +162,6 @@ class Engines:
         """Ends the engine, if there is one."""
         self._llm = None
         self._stack.close()
-
-
-@contextmanager
-def running_engines(model: str) -> Iterator[Engines]:
-    """Engines, the last of which ends with the block."""
-    engines = Engines(model)
-    try:
-        yield engines
-    finally:
-        engines.close()
 
 
 def run_all(runs: Sequence[Run], store: Store, engines: Engines) -> dict[str, Result]:

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vllm_twotower.models import embedded_model
 from vllm_twotower.offline import logged_to, small_engine
@@ -30,18 +30,18 @@ class WatchError(Exception):
     """Something that ends the command, in words for its user."""
 
 
-class Source:
+class Source(Protocol):
     """What answers requests: its model's name, the text of token ids, and the chunks of a request."""
 
     model: str
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
-        raise NotImplementedError
+        ...
 
     def chunks(self, prompt: str, options: dict[str, Any], **sampling: Any) -> Chunks:
         """Sends a request with ``diffusion_*`` options, and gives what comes, when it comes."""
-        raise NotImplementedError
+        ...
 
 
 class OfflineSource(Source):
