@@ -219,6 +219,8 @@ def _step_limits(vllm_config: VllmConfig) -> Iterator[Limit]:
 
     reason = "vLLM's formulas know no denoiser; /metrics counts its passes"
     yield "enable_mfu_metrics", True, vllm_config.observability_config.enable_mfu_metrics, reason
+    monokernel = getattr(vllm_config.kernel_config, "monokernel", False)  # since vLLM 0.33
+    yield "monokernel", monokernel, monokernel, "it replaces layers of another model"
     yield "VLLM_USE_V2_MODEL_RUNNER", 0, envs.VLLM_USE_V2_MODEL_RUNNER is False, "unset it"
     reason = "vLLM's count of NaN logits carries the denoiser's passes to the scheduler"
     yield "VLLM_RAISE_ON_LOGIT_NANS", True, envs.VLLM_RAISE_ON_LOGIT_NANS, reason
@@ -337,22 +339,19 @@ def _choose_worker(vllm_config: VllmConfig) -> None:
 
 
 def _fit_scheduler(vllm_config: VllmConfig, options: EngineOptions) -> None:
-    """A canvas is denoised whole or not at all: what would cut one is raised, with a warning."""
+    """A canvas is denoised whole or not at all, and vLLM starts with prompts of a canvas and one token to warm up.
+
+    What would cut one is raised, with a warning.
+    """
     scheduler, width = vllm_config.scheduler_config, 1 if options.context_alone else options.canvas_length
     whole_step = width * scheduler.max_num_seqs
     limits = (
-        ("max_num_batched_tokens", whole_step),
+        ("max_num_batched_tokens", max(whole_step, options.canvas_length + 1)),
         ("max_num_scheduled_tokens", whole_step),
         ("long_prefill_token_threshold", width),
     )
     for name, needed in limits:
         if (value := getattr(scheduler, name)) and value < needed:
-            logger.warning(
-                "%s=%d would cut the canvases (%d tokens each) of %d running requests; raised to %d",
-                name,
-                value,
-                width,
-                scheduler.max_num_seqs,
-                needed,
-            )
+            message = "%s=%d would cut canvases, or the prompts of vLLM's warm-up; raised to %d"
+            logger.warning(message, name, value, needed)
             setattr(scheduler, name, needed)

@@ -82,10 +82,10 @@ def test_next_tokens_are_replayed() -> None:
 
 def test_a_folder_without_a_denoiser(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = without_denoiser(tmp_path / "context")
-    with running_engine(folder, max_num_batched_tokens=8) as llm:
+    with running_engine(folder, max_num_batched_tokens=20) as llm:
         assert answers(llm, "A") == goldens("A")
         # Enough for a token of each request; there are no canvases that it would cut.
-        assert core(llm).vllm_config.scheduler_config.max_num_batched_tokens == 8
+        assert core(llm).vllm_config.scheduler_config.max_num_batched_tokens == 20
         for mode in ("mask_diffusion", "verified", "auto"):
             with pytest.raises(VLLMValidationError) as error:
                 generate(llm, [[5, 6]], [SamplingParams(extra_args={"diffusion_mode": mode})])

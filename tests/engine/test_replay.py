@@ -203,9 +203,9 @@ def test_what_layers_need_is_made_when_they_run(monkeypatch: pytest.MonkeyPatch)
 
         return call
 
-    build = noted("made", pass_planner.build_attn_metadata)
-    monkeypatch.setattr(pass_planner, "build_attn_metadata", build)
     with running_engine(GOLDEN / "ckpt_A") as llm:
+        build = noted("made", pass_planner.build_attn_metadata)
+        monkeypatch.setattr(pass_planner, "build_attn_metadata", build)
         for tower in ("context_tower", "denoiser_tower"):
             module = getattr(runner(llm).model_state.model, tower)
             monkeypatch.setattr(module, "forward", noted("run", module.forward))

@@ -100,7 +100,7 @@ class RequestTable:
         self.is_ar[slot] = options.mode == "ar"
         self.is_auto[slot] = options.mode == "auto"
         self.verifies[slot] = self.is_draft[slot] = options.verifies
-        self.starts_with_ar[slot] = self.is_auto[slot] and params.extra_args.get(FIRST_MODE) == "ar"
+        self.starts_with_ar[slot] = self.is_auto[slot] and (params.extra_args or {}).get(FIRST_MODE) == "ar"
         self.has_grammar[slot] = params.structured_outputs is not None
         self.stops[slot] = frozenset({params.eos_token_id, *(params.stop_token_ids or ())} - {None})
         self.is_random[slot] = params.temperature > 0
