@@ -223,8 +223,8 @@ def test_preemption_and_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
         manager, pool = scheduler.kv_cache_manager, scheduler.kv_cache_manager.block_pool
         look_up, evict = manager.get_computed_blocks, pool._maybe_evict_cached_block
 
-        def spied_look_up(request: Any) -> Any:
-            result = look_up(request)
+        def spied_look_up(request: Any, *args: Any) -> Any:
+            result = look_up(request, *args)
             if request.num_preemptions:
                 found.append(result[1])
             return result

@@ -88,32 +88,36 @@ class FoundPages:
     """
 
     def __init__(self, manager: KVCacheManager, unread: Callable[[Request], int]):
-        self._manager, self._unread, self._allocate = manager, unread, manager.allocate_slots
-        manager.allocate_slots = self._allocate_slots
+        self._manager, self._unread = manager, unread
+        self._allocate, self._cache = manager.allocate_slots, manager.cache_blocks
+        manager.allocate_slots, manager.cache_blocks = self._allocate_slots, self._cache_blocks
 
-    def cache(self, request: Request) -> None:
-        """Lets later requests find what the context tower has read of this one in completed steps."""
-        read = request.num_computed_tokens - request.num_in_flight_tokens - self._unread(request)
-        self._manager.cache_blocks(request, max(0, min(read, request.num_tokens)))
+    def cache(self, *requests: Request) -> None:
+        """Lets later requests find what the context tower has read of these in completed steps."""
+        for request in requests:
+            self._cache_blocks(request, request.num_computed_tokens - request.num_in_flight_tokens)
 
     def forget(self, request: Request) -> None:
         """Lets no later request find a page of this one, whose tokens the context tower may have read wrongly."""
         groups = self._manager.get_block_ids(request.request_id)
         self._manager.evict_blocks({block for group in groups for block in group})
 
+    def _cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """The manager's ``cache_blocks``."""
+        self._cache(request, max(0, min(num_computed_tokens - self._unread(request), request.num_tokens)))
+
     def _allocate_slots(
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, **options: Any
     ) -> KVCacheBlocks | None:
         """The manager's ``allocate_slots``."""
         options["delay_cache_blocks"] = True
-        unread = self._unread(request)
         if request.num_computed_tokens == 0:
             blocks = self._allocate(request, num_new_tokens, num_new_computed_tokens, **options)
             if blocks is not None:
-                self._manager.cache_blocks(request, num_new_computed_tokens + num_new_tokens - unread)
+                self._cache_blocks(request, num_new_computed_tokens + num_new_tokens)
             return blocks
-        self.cache(request)
         # The manager releases nothing that tokens in flight need.
+        unread = self._unread(request)
         request.num_in_flight_tokens += unread
         blocks = self._allocate(request, num_new_tokens, num_new_computed_tokens, **options)
         request.num_in_flight_tokens -= unread

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
-from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
@@ -133,8 +133,11 @@ class RunningRequests(dict[str, RunningRequest]):
         is_new = request.num_computed_tokens == 0  # or preempted
         return 0 if is_new or known is None else known.unread
 
-    def read_prompts(self, starts: Mapping[str, int]) -> set[str]:
-        """Of a step's requests, with their tokens before it, those of whose prompts it read a part."""
+    def read_prompts(self, step: SchedulerOutput) -> set[str]:
+        """Of a step's requests those of whose prompts it reads a part."""
+        cached = step.scheduled_cached_reqs
+        starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        starts |= {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
         return {req_id for req_id, start in starts.items() if start < self[req_id].prefill_len}
 
 

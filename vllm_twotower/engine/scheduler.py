@@ -86,10 +86,7 @@ class TwoTowerScheduler(DiffusionScheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """vLLM's update, after the step is counted and prompt scores are kept for the first output."""
         returned = reports(model_runner_output)
-        cached = scheduler_output.scheduled_cached_reqs
-        starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        starts |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
-        reading = self._known.read_prompts(starts)
+        reading = self._known.read_prompts(scheduler_output)
         # Also for requests aborted while the step ran: the worker has run their rows.
         self._known.count(returned, self._costs, self.requests, self.spec_decode_metrics_level == "detailed")
         num_sampled = {req_id: sampled for req_id, (_, sampled) in returned.items()}
@@ -110,6 +107,7 @@ class TwoTowerScheduler(DiffusionScheduler):
         )
         self._costs.not_finite += len(failed)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._found_pages.cache(*self.running)
         send_traces(returned, outputs)
         answer_failed(failed, outputs)
         return outputs
