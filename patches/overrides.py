@@ -91,7 +91,10 @@ OVERRIDES = (
         why="Prompts beside blocks get a share of each step; pages are allocated for the canvas after them; metrics of "
         "requests are on without speculative decoding.",
         sources=(f"{SCHEDULER}.__init__", f"{SCHEDULER}.schedule", DIFFUSION_SCHEDULER),
-        source_sha256={"0.32.0": "904c64038d8b54aaea2da5de5cb786563528a2d9ef9aead621c18ecc6b4af8b7"},
+        source_sha256={
+            "0.32.0": "904c64038d8b54aaea2da5de5cb786563528a2d9ef9aead621c18ecc6b4af8b7",
+            "0.33.0": "fafa7dee3b62fca1f6542c76f0664b19791abe6b654393cc116501608486da79",
+        },
     ),
     Override(
         name="request-counts",
@@ -99,15 +102,25 @@ OVERRIDES = (
         where=f"{OUR_SCHEDULER}.update_from_output",
         why="What the last step of a prompt returns lies in pages beyond those it had scheduled; metrics are ours.",
         sources=("vllm.v1.request:Request.__init__", f"{SCHEDULER}.update_from_output", DIFFUSION_SCHEDULER),
-        source_sha256={"0.32.0": "9eb2370b3b4dd8beb3d5f3c7da17bb38fef725f98a934e4e1a4d1ea1afc3a546"},
+        source_sha256={
+            "0.32.0": "9eb2370b3b4dd8beb3d5f3c7da17bb38fef725f98a934e4e1a4d1ea1afc3a546",
+            "0.33.0": "dbc034374b554dfdbc7161afa76d214661730c6921b786660e7ae32d8b61f7ff",
+        },
     ),
     Override(
         name="found-pages",
-        members=(f"{MANAGER}.allocate_slots", "vllm.v1.request:Request.num_in_flight_tokens"),
+        members=(
+            f"{MANAGER}.allocate_slots",
+            f"{MANAGER}.cache_blocks",
+            "vllm.v1.request:Request.num_in_flight_tokens",
+        ),
         where="vllm_twotower.engine.prefix_cache:FoundPages",
         why="Pages are found by later requests when the context tower has read them, not when they are scheduled.",
         sources=(f"{MANAGER}.allocate_slots", f"{MANAGER}.cache_blocks", f"{SCHEDULER}.update_from_output"),
-        source_sha256={"0.32.0": "fcab805c8a6f296ff4fa1a2bbcdc2ab7b8f40045f306d843194d9b19614603f8"},
+        source_sha256={
+            "0.32.0": "fcab805c8a6f296ff4fa1a2bbcdc2ab7b8f40045f306d843194d9b19614603f8",
+            "0.33.0": "b300b391c0c3710d11cbaaab7440d3b42ed1803fc975ce283edee37f29477ce9",
+        },
     ),
     Override(
         name="worker-reports",
@@ -277,7 +290,10 @@ OVERRIDES = (
             f"{WORKER}.__init__",
             f"{WORKER}.determine_available_memory",
         ),
-        source_sha256={"0.32.0": "4c072329d85482e83208f52abd20d879ae15e1d71b25b728d52502e88ae14629"},
+        source_sha256={
+            "0.32.0": "4c072329d85482e83208f52abd20d879ae15e1d71b25b728d52502e88ae14629",
+            "0.33.0": "5861a9fd2f84a7d47f456cea0df7e8389a0b9d972afce8a1c8c6930bb228adc3",
+        },
         applies_when=runs_on_cpu,
     ),
 )

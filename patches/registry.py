@@ -94,6 +94,23 @@ def runs_on_cpu_without_triton() -> bool:
     return current_platform.is_cpu() and not HAS_TRITON
 
 
+def configuration_asks_for_triton() -> bool:
+    """On a CPU without Triton, before vLLM 0.33."""
+    return runs_on_cpu_without_triton() and not _has_release("0.33")
+
+
+def worker_asks_for_triton() -> bool:
+    """On a CPU without Triton, since vLLM 0.33."""
+    return runs_on_cpu_without_triton() and _has_release("0.33")
+
+
+def _has_release(release: str) -> bool:
+    from packaging.version import Version
+    from vllm.version import __version__ as vllm_version
+
+    return Version(vllm_version) >= Version(release)
+
+
 def runs_on_cpu() -> bool:
     """On vLLM's CPU platform."""
     from vllm.platforms import current_platform

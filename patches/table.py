@@ -5,11 +5,13 @@ It imports neither torch nor vLLM: every process of vLLM reads it at its start.
 
 from vllm_twotower.patches.registry import (
     Patch,
+    configuration_asks_for_triton,
     everywhere,
     in_one_of_several_ranks,
     kernel_cannot_launch,
     runs_on_cpu,
     runs_on_cpu_without_triton,
+    worker_asks_for_triton,
 )
 
 # vLLM's own plan for running these kernels on a CPU.
@@ -35,7 +37,10 @@ START_PATCHES = (
         remove_when="vLLM offers Model Runner V2 on a CPU without Triton",
         applies_when=runs_on_cpu_without_triton,
         sources=("vllm.config.vllm:VllmConfig.use_v2_model_runner",),
-        source_sha256={"0.32.0": "7b27015e792732e60932813a94470259e979e701b719edcda4e319a4a5da4ca5"},
+        source_sha256={
+            "0.32.0": "7b27015e792732e60932813a94470259e979e701b719edcda4e319a4a5da4ca5",
+            "0.33.0": "0b1f41e4465796fec49f59d02e92294b117a83099d0ac25df3944ad943f77583",
+        },
     ),
     Patch(
         name="model-runner-validation",
@@ -48,9 +53,24 @@ START_PATCHES = (
             "https://github.com/vllm-project/vllm/pull/55847 and https://github.com/vllm-project/vllm/issues/57684"
         ),
         remove_when="vLLM offers Model Runner V2 on a CPU without Triton",
-        applies_when=runs_on_cpu_without_triton,
+        applies_when=configuration_asks_for_triton,
         sources=("vllm.config.vllm:VllmConfig._validate_v2_model_runner",),
         source_sha256={"0.32.0": "022544512bec491658f401ac2f959874a57c61d68f4ce643b3fdca1d8f51cb2f"},
+    ),
+    Patch(
+        name="model-runner-worker",
+        target="vllm.v1.worker.gpu_worker:Worker.__init__",
+        function="cpu_runner.choice:of_worker",
+        wraps=True,
+        what="Worker.__init__ does not ask for Triton if the model is TwoTower.",
+        why="The check, which vLLM 0.32 has in the configuration, rejects the runner that the first patch chose.",
+        upstream=(
+            "https://github.com/vllm-project/vllm/pull/55847 and https://github.com/vllm-project/vllm/issues/57684"
+        ),
+        remove_when="vLLM offers Model Runner V2 on a CPU without Triton",
+        applies_when=worker_asks_for_triton,
+        sources=("vllm.v1.worker.gpu_worker:Worker.__init__",),
+        source_sha256={"0.33.0": "c7d46433b996412b32c82c511631963a52ee56dea1cc714f3822b12b6b4fe150"},
     ),
     Patch(
         name="sampling-params-validation",
@@ -187,7 +207,10 @@ START_PATCHES = (
             "vllm.v1.engine.async_llm:AsyncLLM._run_output_handler",
             "vllm.v1.engine.output_processor:OutputProcessor.propagate_error",
         ),
-        source_sha256={"0.32.0": "fcd3a8b03f1887ef38a68c396b23706996a106b1f739d63ac17fb38067bbf0cc"},
+        source_sha256={
+            "0.32.0": "fcd3a8b03f1887ef38a68c396b23706996a106b1f739d63ac17fb38067bbf0cc",
+            "0.33.0": "a78c9be3e2ab186214c7bda97d75e1fe74b3333216bcc5eb32891208bdd53986",
+        },
     ),
     Patch(
         name="open-requests-offline",
@@ -206,7 +229,10 @@ START_PATCHES = (
             "vllm.v1.engine.core_client:SyncMPClient.__init__",
             "vllm.v1.engine.core_client:SyncMPClient.get_output",
         ),
-        source_sha256={"0.32.0": "18e273fc8958960b5ae717ec38154f3d0d9764aea13f1df92acf02e595c70306"},
+        source_sha256={
+            "0.32.0": "18e273fc8958960b5ae717ec38154f3d0d9764aea13f1df92acf02e595c70306",
+            "0.33.0": "bd85d74be7aca6a843cdfddcd33d39ef48a472a3bc77f31e9e2dc65f82dde1f6",
+        },
     ),
     Patch(
         name="request-errors",
@@ -227,7 +253,10 @@ START_PATCHES = (
             "vllm.v1.engine.async_llm:AsyncLLM.generate",
             "vllm.exceptions:GracefulHTTPError",
         ),
-        source_sha256={"0.32.0": "c6f795c223812cb0d937b301e83777ad50792b214cc4f25299b73ff5de93abae"},
+        source_sha256={
+            "0.32.0": "c6f795c223812cb0d937b301e83777ad50792b214cc4f25299b73ff5de93abae",
+            "0.33.0": "c26f236de8ef4b81c21ff8c4cc8cd1bdcf902c73a9e830baa4235144289ebc7c",
+        },
     ),
 )
 
@@ -269,7 +298,10 @@ TRACE_PATCHES = (
             "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
             "vllm.v1.engine:EngineCoreOutput",
         ),
-        source_sha256={"0.32.0": "a0c987d42835830de0ea979c647aa7b5b2f635bfdadd4c45b55017bbb61f8a44"},
+        source_sha256={
+            "0.32.0": "a0c987d42835830de0ea979c647aa7b5b2f635bfdadd4c45b55017bbb61f8a44",
+            "0.33.0": "427f3fa81d79a18734484b86396c3eaa277204f8b8f4c6a8ac2e5f9ac3c817ae",
+        },
     ),
     Patch(
         name="traces-of-outputs",
@@ -287,7 +319,10 @@ TRACE_PATCHES = (
             "vllm.outputs:CompletionOutput",
             "vllm.outputs:RequestOutput.add",
         ),
-        source_sha256={"0.32.0": "96d732ab22678bb5f3cc7a3719bb358010f46d7d8754eedf33cc73f1a6a1ea97"},
+        source_sha256={
+            "0.32.0": "96d732ab22678bb5f3cc7a3719bb358010f46d7d8754eedf33cc73f1a6a1ea97",
+            "0.33.0": "f6fef2b7cab36e7b0152addfdf9f7c43ffe5c9e8d20f4c64d82e82f99c9e473a",
+        },
     ),
     _of_response(
         "trace-of-a-completion",
@@ -295,7 +330,10 @@ TRACE_PATCHES = (
         "in_completion",
         "OpenAIServingCompletion.request_output_to_completion_response gives choices their traces.",
         "CompletionResponseChoice",
-        {"0.32.0": "8182505df31a72c61906ea75d89ed1df8f416105310443ad15aef08c14fb3db4"},
+        {
+            "0.32.0": "8182505df31a72c61906ea75d89ed1df8f416105310443ad15aef08c14fb3db4",
+            "0.33.0": "0f050d161c3fa38756935750624bb1ab84e1e278dd2dfc64500119f0a41b442f",
+        },
     ),
     _of_response(
         "trace-of-a-streamed-completion",
@@ -303,7 +341,10 @@ TRACE_PATCHES = (
         "in_stream",
         "OpenAIServingCompletion.completion_stream_generator gives chunks the traces of their tokens.",
         "CompletionResponseStreamChoice",
-        {"0.32.0": "77185dace1f7541f580c850129a290c8764809ca035cd12cf66cf48da0f16c32"},
+        {
+            "0.32.0": "77185dace1f7541f580c850129a290c8764809ca035cd12cf66cf48da0f16c32",
+            "0.33.0": "dedd4fb75599f547ad63736260d9a793761abfaef20e305c4b7bdebe1efd67b4",
+        },
     ),
     _of_response(
         "trace-in-a-chat",
@@ -311,7 +352,10 @@ TRACE_PATCHES = (
         "in_chat",
         "OpenAIServingChat.chat_completion_full_generator gives choices their traces.",
         "ChatCompletionResponseChoice",
-        {"0.32.0": "6a87f2c77bc7aab0be04c02b7b938d1506796d5670533801b1ea191dd42372d2"},
+        {
+            "0.32.0": "6a87f2c77bc7aab0be04c02b7b938d1506796d5670533801b1ea191dd42372d2",
+            "0.33.0": "def11993187dbaad7a0fa75252bba28ac13a093899461a97436f879c179e3cfe",
+        },
     ),
     _of_response(
         "trace-in-a-streamed-chat",
@@ -319,7 +363,10 @@ TRACE_PATCHES = (
         "in_stream",
         "OpenAIServingChat.chat_completion_stream_generator gives chunks the traces of their tokens.",
         "ChatCompletionResponseStreamChoice",
-        {"0.32.0": "1d9372b7039126ccac5c92c1220181d5c68bc5e42803d3f359665e05c0bdd451"},
+        {
+            "0.32.0": "1d9372b7039126ccac5c92c1220181d5c68bc5e42803d3f359665e05c0bdd451",
+            "0.33.0": "f405bde526d663a8710f543eb4547b79f4996cce33df18f50c3b0a65bc74341c",
+        },
     ),
 )
 
@@ -377,14 +424,19 @@ WORKER_PATCHES = (
         ),
         applies_when=runs_on_cpu_without_triton,
         sources=("vllm.triton_utils.importing:TritonPlaceholder",),
-        source_sha256={"0.32.0": "7cfbb1b9e83a361d1662b7e1263c9a3e8bcaafa8692d84950e91f877c982d004"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "7cfbb1b9e83a361d1662b7e1263c9a3e8bcaafa8692d84950e91f877c982d004"
+        ),
     ),
     _kernel(
         "vllm.v1.worker.gpu.buffer_utils:_apply_write_kernel",
         launcher="StagedWriteTensor.apply_write",
         function="cpu_runner.staged_writes:apply_write",
         why="Without Triton no new request and no new block ever reaches the worker's tables.",
-        source_sha256={"0.32.0": "229364af666b85e94b57156473d022dd67ff6f814fc3df00964cabff1547651c"},
+        source_sha256={
+            "0.32.0": "229364af666b85e94b57156473d022dd67ff6f814fc3df00964cabff1547651c",
+            "0.33.0": "1d8ad0f41668238cbe6e0498026ca87d70e48e05b00457f596f1c1d75cf0fa95",
+        },
     ),
     Patch(
         name="fused-apply-write",
@@ -397,49 +449,65 @@ WORKER_PATCHES = (
         remove_when=WITHOUT_TRITON,
         applies_when=kernel_cannot_launch("vllm.v1.worker.gpu.buffer_utils:_apply_write_kernel"),
         sources=("vllm.v1.worker.gpu.buffer_utils:FusedStagedWriter",),
-        source_sha256={"0.32.0": "b9f2a612a2d85492eb855f0c05f60620317562fb567c6e7027fd10d5f047ad97"},
+        source_sha256={
+            "0.32.0": "b9f2a612a2d85492eb855f0c05f60620317562fb567c6e7027fd10d5f047ad97",
+            "0.33.0": "7b25beb5bb2534200827ec7c8b6ee88ca72fa2f92c0c28e9f59be6e1081b056e",
+        },
     ),
     _kernel(
         "vllm.v1.worker.gpu.input_batch:_prepare_prefill_inputs_kernel",
         launcher="prepare_prefill_inputs",
         function="cpu_runner.input_batch:prepare_prefill_inputs",
         why="Without Triton prompts never reach the model's input.",
-        source_sha256={"0.32.0": "2f1d468bc34d727f65390ec20135926b7d009a411e921ac118446300d692b980"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "2f1d468bc34d727f65390ec20135926b7d009a411e921ac118446300d692b980"
+        ),
     ),
     _kernel(
         "vllm.v1.worker.gpu.input_batch:_prepare_pos_seq_lens_kernel",
         launcher="prepare_pos_seq_lens",
         function="cpu_runner.input_batch:prepare_pos_seq_lens",
         why="Without Triton no step can be prepared.",
-        source_sha256={"0.32.0": "2776a359c20cbe16f3cdc3715038d26bd55788cdc06bc43b14785fa8a2f36f1f"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "2776a359c20cbe16f3cdc3715038d26bd55788cdc06bc43b14785fa8a2f36f1f"
+        ),
     ),
     _kernel(
         "vllm.v1.worker.gpu.input_batch:_combine_sampled_and_draft_tokens_kernel",
         launcher="combine_sampled_and_draft_tokens",
         function="cpu_runner.input_batch:combine_sampled_and_draft_tokens",
         why="Without Triton the canvas, which vLLM carries as draft tokens, never reaches the model's input.",
-        source_sha256={"0.32.0": "6da1eaeaa76e19cf05b50fcac2b71303eaaa181c9fe0912a940e82e36b7aa436"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "6da1eaeaa76e19cf05b50fcac2b71303eaaa181c9fe0912a940e82e36b7aa436"
+        ),
     ),
     _kernel(
         "vllm.v1.worker.gpu.input_batch:_post_update_kernel",
         launcher="post_update",
         function="cpu_runner.input_batch:post_update",
         why="Without Triton no step's result can be booked.",
-        source_sha256={"0.32.0": "5a5499627dcf75f7b8b49987ac226361da31bb8cb874efacb28adc18832e6c84"},
+        source_sha256={
+            "0.32.0": "5a5499627dcf75f7b8b49987ac226361da31bb8cb874efacb28adc18832e6c84",
+            "0.33.0": "a35cb00c72025041fe5dcaeb28324b4180eefc1ebe3be6e0fa83c02b991c4450",
+        },
     ),
     _kernel(
         "vllm.v1.worker.gpu.input_batch:_post_update_num_computed_tokens_kernel",
         launcher="post_update_num_computed_tokens",
         function="cpu_runner.input_batch:post_update_num_computed_tokens",
         why="Without Triton pipeline stages before the last cannot count their computed tokens.",
-        source_sha256={"0.32.0": "eb756afbbbceb495e381cb4d7751925939f539ce9b378135b12096aa5cb8fb2a"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "eb756afbbbceb495e381cb4d7751925939f539ce9b378135b12096aa5cb8fb2a"
+        ),
     ),
     _kernel(
         "vllm.v1.worker.gpu.input_batch:_expand_idx_mapping_kernel",
         launcher="expand_idx_mapping",
         function="cpu_runner.input_batch:expand_idx_mapping",
         why="Without Triton canvas positions cannot be mapped back to their requests.",
-        source_sha256={"0.32.0": "f6155e156c610b8962308f4877d010ee6af9dc98b5f9e052750c0ba0312c46ad"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "f6155e156c610b8962308f4877d010ee6af9dc98b5f9e052750c0ba0312c46ad"
+        ),
     ),
     Patch(
         name="gather-block-tables",
@@ -455,7 +523,10 @@ WORKER_PATCHES = (
             "vllm.v1.worker.gpu.block_table:BlockTables.gather_block_tables",
             "vllm.v1.worker.gpu.block_table:_gather_block_tables_kernel",
         ),
-        source_sha256={"0.32.0": "19358182001c49bfc4f7df9f9d433752932912aa948ccda3dc996b57c7fc9bc9"},
+        source_sha256={
+            "0.32.0": "19358182001c49bfc4f7df9f9d433752932912aa948ccda3dc996b57c7fc9bc9",
+            "0.33.0": "e16dfcc4780bc05ef50a57797a92267f53926a852c82c16eb5de5f0e61371028",
+        },
     ),
     Patch(
         name="compute-slot-mappings",
@@ -471,14 +542,18 @@ WORKER_PATCHES = (
             "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings",
             "vllm.v1.worker.gpu.block_table:_compute_slot_mappings_kernel",
         ),
-        source_sha256={"0.32.0": "6ee72028d2af75ee373079625ffc33a766482c7e61fa484b4645624e89b2fbeb"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "6ee72028d2af75ee373079625ffc33a766482c7e61fa484b4645624e89b2fbeb"
+        ),
     ),
     _kernel(
         "vllm.v1.worker.utils:_zero_kv_blocks_kernel",
         launcher="KVBlockZeroer.zero_block_ids",
         function="cpu_runner.kv_zeroing:zero_kv_blocks",
         why="Hybrid models have new blocks zeroed; without Triton the first allocation fails.",
-        source_sha256={"0.32.0": "dcef37dfe7494f36f77cdf4ba0b1bc93ca8703026fcf4bb04c0d6ec134317300"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "dcef37dfe7494f36f77cdf4ba0b1bc93ca8703026fcf4bb04c0d6ec134317300"
+        ),
     ),
     _kernel(
         "vllm.v1.worker.gpu.sample.logprob:_topk_log_softmax_kernel",
@@ -486,7 +561,9 @@ WORKER_PATCHES = (
         function="cpu_runner.logprobs:topk_log_softmax",
         why="Without Triton no log-probability can be computed.",
         language="torch",
-        source_sha256={"0.32.0": "ce4b7f8356085d2dd66a8032714f053e1c16fd246f3f3e2fbba77eb2869d2fcf"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "ce4b7f8356085d2dd66a8032714f053e1c16fd246f3f3e2fbba77eb2869d2fcf"
+        ),
     ),
     _kernel(
         "vllm.v1.worker.gpu.sample.logprob:_ranks_kernel",
@@ -494,14 +571,18 @@ WORKER_PATCHES = (
         function="cpu_runner.logprobs:ranks",
         why="Without Triton log-probabilities, which vLLM returns with their tokens' ranks, cannot be returned.",
         language="torch",
-        source_sha256={"0.32.0": "4ec52f0eb9fd47c565fc41628c79b2a1f435e1fda25f687d7e50d8a751f5d994"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "4ec52f0eb9fd47c565fc41628c79b2a1f435e1fda25f687d7e50d8a751f5d994"
+        ),
     ),
     _kernel(
         "vllm.v1.worker.gpu.sample.prompt_logprob:_prompt_logprobs_token_ids_kernel",
         launcher="get_prompt_logprobs_token_ids",
         function="cpu_runner.logprobs:prompt_logprobs_token_ids",
         why="Without Triton the prompt's log-probabilities have no tokens to be looked up for.",
-        source_sha256={"0.32.0": "e685684f70d43f9eb03911bb01d359417e1e60e6866f8420895675fb2cf4c900"},
+        source_sha256=dict.fromkeys(
+            ("0.32.0", "0.33.0"), "e685684f70d43f9eb03911bb01d359417e1e60e6866f8420895675fb2cf4c900"
+        ),
     ),
     Patch(
         name="embedding-mask",

@@ -20,6 +20,7 @@ def gather_block_tables(
     num_reqs_padded: int,
     out: tuple[Tensor, ...] | None = None,  # G x [max_num_reqs, max_num_blocks] int32
     out_ptrs: Tensor | None = None,
+    num_computed_tokens: Tensor | None = None,  # for groups with a sliding window, which TwoTower does not have
 ) -> tuple[Tensor, ...]:
     """Copy the rows' used block ids to the persistent input tables and zero the padding rows.
 

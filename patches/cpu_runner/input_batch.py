@@ -116,15 +116,20 @@ def post_update(
     all_token_ids: np.ndarray,  # [SLOTS, max_model_len] int32, changed in place
     all_token_ids_stride: int,
     total_len: np.ndarray,  # [SLOTS] int32, changed in place
+    draft_tokens: np.ndarray | None = None,  # [R, drafts] int64; this and the next two since vLLM 0.33
+    draft_tokens_out: np.ndarray | None = None,  # [SLOTS, drafts] int64, out
+    num_draft_tokens: int = 0,
     **_launch_options: Any,
 ) -> None:
-    """Append each row's sampled tokens to its sequence and count its accepted inputs as computed."""
+    """Append each row's sampled tokens to its sequence and count its accepted inputs as computed; store its drafts."""
     accepted = -num_rejected
     if query_start_loc is not None:
         bounds = query_start_loc[: idx_mapping.shape[0] + 1]
         accepted += bounds[1:] - bounds[:-1]
     rows = np.flatnonzero(idx_mapping >= 0)
     num_computed_tokens[idx_mapping[rows]] += accepted[rows]
+    if draft_tokens is not None and draft_tokens_out is not None:
+        draft_tokens_out[idx_mapping[rows]] = draft_tokens[rows]
 
     rows = rows[num_sampled[rows] > 0]
     if not rows.shape[0]:

@@ -222,7 +222,8 @@ def test_combine_without_speculative_steps():
 @pytest.mark.parametrize("with_query", [True, False])
 @pytest.mark.parametrize("with_counts", [True, False])
 @pytest.mark.parametrize("some_skipped", [True, False])
-def test_post_update(seed, with_query, with_counts, some_skipped):
+@pytest.mark.parametrize("with_drafts", [True, False])
+def test_post_update(seed, with_query, with_counts, some_skipped, with_drafts):
     step, vocab, width = Step(seed), 11, SPEC + 1
     rng = step.rng
     idx_mapping = [-1 if some_skipped and rng.random() < 0.4 else slot for slot in step.slots]
@@ -236,11 +237,15 @@ def test_post_update(seed, with_query, with_counts, some_skipped):
         "counts": torch.zeros(SLOTS, vocab, dtype=torch.int32) if with_counts else None,
         "all_tokens": stale(SLOTS, MAX_LEN),
         "total_len": tensor(total_len),
+        "drafts": stale(SLOTS, SPEC, dtype=torch.int64),
     }
+    drafts = [[rng.randrange(vocab) for _ in range(SPEC)] for _ in step.slots]
     expected = {name: None if value is None else value.tolist() for name, value in state.items()}
     for row, slot in enumerate(idx_mapping):
         if slot < 0:
             continue
+        if with_drafts:
+            expected["drafts"][slot] = drafts[row]
         for token in sampled[row][: num_sampled[row]]:
             expected["all_tokens"][slot][expected["total_len"][slot]] = token
             expected["total_len"][slot] += 1
@@ -264,6 +269,7 @@ def test_post_update(seed, with_query, with_counts, some_skipped):
         state["all_tokens"],
         MAX_LEN,
         state["total_len"],
+        *((torch.tensor(drafts).reshape(step.num_reqs, SPEC), state["drafts"], SPEC) if with_drafts else ()),
         num_warps=1,
     )
     assert {name: None if value is None else value.tolist() for name, value in state.items()} == expected
