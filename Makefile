@@ -26,10 +26,10 @@ THREADING += $(if $(filter 1,$(THREADS)),VLLM_WORKER_MULTIPROC_METHOD=fork)
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test bench train lint format lock clean
+.PHONY: help setup demo serve test test-newer bench train lint format lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## create .venv with everything pinned (CPU)
 
@@ -81,6 +81,14 @@ test: setup $(TRITON_STAMP)  ## run the tests but slow ones (ARGS="-m slow": tho
 	$(RUN) python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow' \
 		tests/unit tests/engine tests/distributed tests/server tests/gpu $(ARGS)
 
+# vLLM has builds for GPUs of more releases than for CPUs: their Python code runs on the CPU kernels that there are.
+NEWER_VLLM ?= 0.33.0
+NEWER_VENV := .venv-vllm-$(NEWER_VLLM)
+test-newer:  ## run the tests with the Python code of a vLLM that has no build for CPUs (NEWER_VLLM=, ARGS=)
+	$(MAKE) setup VENV=$(NEWER_VENV)
+	$(NEWER_VENV)/bin/python packaging/overlay_vllm.py $(NEWER_VLLM)
+	$(MAKE) test VENV=$(NEWER_VENV)
+
 BENCHMARKS := "throughput.py --reference" "throughput.py --released" step_overhead.py latency.py memory.py cost_model.py
 bench: setup  ## measure speed, latency, memory and the cost model; ends with one table of ratios
 	@rm -f runs/bench.jsonl
@@ -122,6 +130,6 @@ lock:  ## regenerate requirements/cpu.lock with the newest versions allowed
 	mv $(LOCK).new $(LOCK)
 
 clean:  ## remove the virtual environments, builds and caches
-	rm -rf $(VENV) .venv-lock build dist *.egg-info packaging/vllm-alias/build packaging/vllm-alias/*.egg-info
+	rm -rf $(VENV) .venv-vllm-* .venv-lock build dist *.egg-info packaging/vllm-alias/build packaging/vllm-alias/*.egg-info
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find vllm_twotower patches tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
