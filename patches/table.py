@@ -245,7 +245,7 @@ START_PATCHES = (
         ),
         why="vLLM's server says 'Internal server error', whatever the reason.",
         upstream="not reported",
-        remove_when="vLLM's server answers a request that a scheduler ends with an error with the scheduler's reason",
+        remove_when="vLLM 0.33 is the oldest supported: there an output has an `error`, which the server answers with",
         applies_when=everywhere,
         sources=(
             "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
