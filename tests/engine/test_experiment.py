@@ -33,13 +33,18 @@ CONTENT = {
 
 def start(file: Path) -> subprocess.Popen:
     """In a group of its own, so that Ctrl-C reaches the engine's process too, as in a terminal."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "vllm_twotower.cli", "experiment", str(file)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    # Where the tests are a shell's background job they ignore it, and so would what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "vllm_twotower.cli", "experiment", str(file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def answers(output: Path) -> dict[str, list[str]]:
