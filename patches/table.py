@@ -16,6 +16,8 @@ from vllm_twotower.patches.registry import (
 
 # vLLM's own plan for running these kernels on a CPU.
 CPU_KERNELS = "https://github.com/vllm-project/vllm/pull/55847"
+RUNNER_ON_CPU = f"{CPU_KERNELS} and https://github.com/vllm-project/vllm/issues/57684"
+RUNNER_WITHOUT_TRITON = "vLLM offers Model Runner V2 on a CPU without Triton"
 WITHOUT_TRITON = "vLLM runs this kernel on a CPU without Triton"
 TRACES_HAVE_ROOM = "vLLM hands what a model's plugin returns of a token on to the outputs and responses of its request"
 QUEUES_STAY = (
@@ -31,10 +33,8 @@ START_PATCHES = (
         wraps=True,
         what="VllmConfig.use_v2_model_runner does not ask for Triton if the model is TwoTower.",
         why="vLLM falls back to Model Runner V1, which cannot run diffusion models.",
-        upstream=(
-            "https://github.com/vllm-project/vllm/pull/55847 and https://github.com/vllm-project/vllm/issues/57684"
-        ),
-        remove_when="vLLM offers Model Runner V2 on a CPU without Triton",
+        upstream=RUNNER_ON_CPU,
+        remove_when=RUNNER_WITHOUT_TRITON,
         applies_when=runs_on_cpu_without_triton,
         sources=("vllm.config.vllm:VllmConfig.use_v2_model_runner",),
         source_sha256={
@@ -49,10 +49,8 @@ START_PATCHES = (
         wraps=True,
         what="VllmConfig._validate_v2_model_runner does not ask for Triton if the model is TwoTower.",
         why="The check at the end of the configuration rejects the runner that the first patch made it choose.",
-        upstream=(
-            "https://github.com/vllm-project/vllm/pull/55847 and https://github.com/vllm-project/vllm/issues/57684"
-        ),
-        remove_when="vLLM offers Model Runner V2 on a CPU without Triton",
+        upstream=RUNNER_ON_CPU,
+        remove_when=RUNNER_WITHOUT_TRITON,
         applies_when=configuration_asks_for_triton,
         sources=("vllm.config.vllm:VllmConfig._validate_v2_model_runner",),
         source_sha256={"0.32.0": "022544512bec491658f401ac2f959874a57c61d68f4ce643b3fdca1d8f51cb2f"},
@@ -64,10 +62,8 @@ START_PATCHES = (
         wraps=True,
         what="Worker.__init__ does not ask for Triton if the model is TwoTower.",
         why="The check, which vLLM 0.32 has in the configuration, rejects the runner that the first patch chose.",
-        upstream=(
-            "https://github.com/vllm-project/vllm/pull/55847 and https://github.com/vllm-project/vllm/issues/57684"
-        ),
-        remove_when="vLLM offers Model Runner V2 on a CPU without Triton",
+        upstream=RUNNER_ON_CPU,
+        remove_when=RUNNER_WITHOUT_TRITON,
         applies_when=worker_asks_for_triton,
         sources=("vllm.v1.worker.gpu_worker:Worker.__init__",),
         source_sha256={"0.33.0": "c7d46433b996412b32c82c511631963a52ee56dea1cc714f3822b12b6b4fe150"},
